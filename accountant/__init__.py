@@ -1,0 +1,47 @@
+"""Budgets, the ledger and its stores: who may spend what, and the record of it."""
+
+from accountant.accountant import Accountant
+from accountant.budgets import Budget
+from accountant.errors import (
+    AccountantError,
+    BudgetExceeded,
+    BudgetExists,
+    InvalidRequest,
+    KeyReused,
+    LedgerCorrupt,
+    LedgerError,
+    LedgerUnavailable,
+    OutcomeUnknown,
+    ReleaseUnknown,
+    ReservationError,
+    SchemaMismatch,
+    UnitMismatch,
+    UnknownBudget,
+)
+from accountant.ledger import Receipt
+from accountant.reservations import Reservation
+from accountant.statements import Statement
+from accountant.verify import Verification
+
+__all__ = [
+    "Accountant",
+    "AccountantError",
+    "Budget",
+    "BudgetExceeded",
+    "BudgetExists",
+    "InvalidRequest",
+    "KeyReused",
+    "LedgerCorrupt",
+    "LedgerError",
+    "LedgerUnavailable",
+    "OutcomeUnknown",
+    "Receipt",
+    "ReleaseUnknown",
+    "Reservation",
+    "ReservationError",
+    "SchemaMismatch",
+    "Statement",
+    "UnitMismatch",
+    "UnknownBudget",
+    "Verification",
+]

@@ -1,0 +1,148 @@
+"""Errors of the books.
+
+::
+
+    AccountantError
+    ├── BudgetExceeded        a refusal: the operation does not fit; it is in the ledger
+    ├── UnknownBudget         no budget of that name (also a LookupError)
+    ├── BudgetExists          the name is taken; budgets are immutable (also a ValueError)
+    ├── InvalidRequest        a request that cannot be recorded (also a ValueError)
+    │   ├── UnitMismatch      the operation protects another unit or relation than the budget
+    │   └── KeyReused         the idempotency key belongs to another request
+    ├── ReleaseUnknown        the key was charged, but its answer was never stored
+    ├── ReservationError      a reservation used by the wrong process or at the wrong time
+    └── LedgerError           the ledger itself
+        ├── LedgerUnavailable it cannot be opened, locked or written; nothing was charged
+        ├── OutcomeUnknown    the commit failed midway; counted as spent, release nothing
+        ├── LedgerCorrupt     it contradicts itself
+        └── SchemaMismatch    it was written by another schema version
+
+Each error carries its facts as attributes; exit codes are the command's business.
+"""
+
+from __future__ import annotations
+
+from dp import Event, NeighboringRelation
+
+
+class AccountantError(Exception):
+    """Base class of every error raised by :mod:`accountant`."""
+
+
+class BudgetExceeded(AccountantError):
+    """The operation does not fit; no private data may be touched for it.
+
+    Attributes:
+        budget: Name of the budget.
+        event: One use of what was asked.
+        requested: How many uses were asked.
+        remaining: How many uses of this event would still fit.
+    """
+
+    def __init__(self, budget: str, event: Event, requested: int, remaining: int) -> None:
+        super().__init__(
+            f"budget {budget!r}: {requested} x {event!r} refused, {remaining} would fit"
+        )
+        self.budget, self.event = budget, event
+        self.requested, self.remaining = requested, remaining
+
+
+class UnknownBudget(AccountantError, LookupError):
+    """No budget of that name is in the ledger.
+
+    Attributes:
+        budget: The name.
+    """
+
+    def __init__(self, budget: str) -> None:
+        super().__init__(f"no budget {budget!r} in this ledger; create it first")
+        self.budget = budget
+
+
+class BudgetExists(AccountantError, ValueError):
+    """The name is taken, and a budget never changes.
+
+    Attributes:
+        budget: The name.
+    """
+
+    def __init__(self, budget: str) -> None:
+        super().__init__(f"budget {budget!r} exists; budgets are immutable, choose another name")
+        self.budget = budget
+
+
+class InvalidRequest(AccountantError, ValueError):
+    """A request cannot be recorded as it is; nothing was written."""
+
+
+class UnitMismatch(InvalidRequest):
+    """The operation is about another privacy unit or relation than the budget.
+
+    Attributes:
+        budget: Name of the budget.
+        expected: (unit, relation) of the budget.
+        given: (unit, relation) of the operation.
+    """
+
+    def __init__(
+        self,
+        budget: str,
+        expected: tuple[str, NeighboringRelation],
+        given: tuple[str, NeighboringRelation],
+    ) -> None:
+        super().__init__(
+            f"budget {budget!r} protects one {expected[0]!r} under {expected[1]},"
+            f" the operation one {given[0]!r} under {given[1]}"
+        )
+        self.budget, self.expected, self.given = budget, expected, given
+
+
+class KeyReused(InvalidRequest):
+    """An idempotency key came back with another request.
+
+    Attributes:
+        key: The key.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key {key!r} was used for another request; use a new key")
+        self.key = key
+
+
+class ReleaseUnknown(AccountantError):
+    """The key was charged but no answer is stored: a second draw would be a second release.
+
+    Attributes:
+        key: The key.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"key {key!r} was charged and its answer was lost or is still being computed;"
+            " ask again later, or with a new key and a new charge"
+        )
+        self.key = key
+
+
+class ReservationError(AccountantError):
+    """A reservation was used by another process, after its end, or beyond its uses."""
+
+
+class LedgerError(AccountantError):
+    """The ledger cannot do its work."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The ledger cannot be opened, locked or written; nothing was charged."""
+
+
+class OutcomeUnknown(LedgerError):
+    """The commit failed midway. It counts as spent, and nothing may be released for it."""
+
+
+class LedgerCorrupt(LedgerError):
+    """The ledger contradicts itself; run ``epsledger ledger verify``."""
+
+
+class SchemaMismatch(LedgerError):
+    """The ledger was written by another schema version of epsledger."""

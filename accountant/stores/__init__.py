@@ -1,0 +1,1 @@
+"""Stores: where a ledger is kept. A URL or a path selects one."""

@@ -1,0 +1,75 @@
+"""What-if on a budget's current state: the same integers as enforcement, and spends nothing.
+
+>>> from dp.filters import adaptive
+>>> from dp.events import Gaussian
+>>> budget = adaptive(3.0, 1e-6)
+>>> unspent = (0,) * len(budget.limits)
+>>> uses_that_fit(budget, unspent, Gaussian(50.0))
+952
+>>> round(smallest_noise(budget, unspent, Gaussian, uses=952), 2)
+49.98
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dp import validate
+from dp.errors import NothingFits
+from dp.events import Event
+from dp.filters import Filter, Price
+
+
+def uses_that_fit(budget: Filter, totals: Price, event: Event) -> int:
+    """Return how many uses of the event still fit on top of the totals.
+
+    Args:
+        budget: The budget's filter.
+        totals: What its lanes hold now.
+        event: One use.
+
+    Raises:
+        UnsupportedEvent: If the event has no price under this budget.
+    """
+    return budget.uses_that_fit(totals, budget.price(event))
+
+
+def smallest_noise(
+    budget: Filter,
+    totals: Price,
+    with_noise: Callable[[float], Event],
+    *,
+    uses: int,
+    at_most: float = 1e9,
+) -> float:
+    """Return the smallest noise multiplier with which ``uses`` uses still fit, rounded up.
+
+    Args:
+        budget: The budget's filter.
+        totals: What its lanes hold now.
+        with_noise: Builds one use from a noise multiplier, for instance
+            ``lambda sigma: PoissonSampled(0.01, Gaussian(sigma))``; more noise must cost less.
+        uses: How many uses must fit.
+        at_most: Largest noise multiplier to consider.
+
+    Returns:
+        A noise multiplier that fits, at most 1e-6 of itself above the smallest.
+
+    Raises:
+        NothingFits: If not even ``at_most`` fits.
+    """
+    uses = validate.count(uses=uses)
+
+    def fits(noise: float) -> bool:
+        return uses_that_fit(budget, totals, with_noise(noise)) >= uses
+
+    high = validate.positive(at_most=at_most)
+    if not fits(high):
+        raise NothingFits(f"{uses} uses with a noise multiplier of up to {at_most:g}")
+    low = 1e-3
+    if fits(low):
+        return low
+    while high / low > 1 + 1e-6:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

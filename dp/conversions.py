@@ -1,0 +1,83 @@
+"""Conversions between Renyi DP, Gaussian DP and (epsilon, delta)-DP.
+
+The Renyi conversion is Proposition 12 of Canonne, Kamath and Steinke, "The Discrete Gaussian
+for Differential Privacy" (2020), also equation 20 of Asoodeh et al. (2020); the Gaussian one is
+Corollary 2.13 of Dong, Roth and Su, "Gaussian Differential Privacy" (2022), equal to Theorem 8
+of Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy" (2018).
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy.optimize import brentq
+from scipy.special import expit, log_ndtr, ndtri
+
+from dp import validate
+
+
+def renyi_to_epsilon(order: int, divergence: float, delta: float) -> float:
+    """Return the epsilon at ``delta`` of a mechanism with this Renyi divergence at this order.
+
+    Args:
+        order: Renyi order, above 1.
+        divergence: Bound on the Renyi divergence at that order, in nats.
+        delta: Target delta.
+
+    Returns:
+        Epsilon, in nats, never below 0.
+
+    >>> round(renyi_to_epsilon(32, 32 * 0.1, 1e-6), 4)
+    3.5021
+    """
+    epsilon = divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+    return max(0.0, epsilon)
+
+
+def renyi_limit(order: int, epsilon: float, delta: float) -> float:
+    """Return the Renyi divergence at ``order`` that converts to exactly (epsilon, delta).
+
+    The inverse of :func:`renyi_to_epsilon`; negative where this order cannot reach
+    (epsilon, delta) at all.
+    """
+    return epsilon - math.log1p(-1 / order) + (math.log(delta) + math.log(order)) / (order - 1)
+
+
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """Return the smallest delta for which a mu-GDP mechanism is (epsilon, delta)-DP.
+
+    >>> f"{gaussian_delta(1.0, 0.25):.6e}"
+    '2.924272e-06'
+    """
+    kept = log_ndtr(-epsilon / mu + mu / 2)
+    removed = epsilon + log_ndtr(-epsilon / mu - mu / 2)
+    return float(math.exp(kept) * -math.expm1(min(0.0, removed - kept)))
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Return a mu, short of the largest by at most 1e-9 of it, for which mu-GDP is (epsilon, delta)-DP.
+
+    >>> mu = gaussian_mu(1.0, 1e-6)
+    >>> gaussian_delta(1.0, mu) <= 1e-6 < gaussian_delta(1.0, mu * (1 + 1e-8))
+    True
+    """
+    epsilon, delta = validate.epsilon(epsilon=epsilon), validate.positive(delta=delta)
+    high = 1.0
+    while gaussian_delta(epsilon, high) < delta:
+        high *= 2
+    low = high
+    while gaussian_delta(epsilon, low) > delta:
+        low /= 2
+    root: float = brentq(lambda mu: gaussian_delta(epsilon, mu) - delta, low, high, rtol=1e-13)
+    return root * (1 - 1e-10)
+
+
+def pure_mu(epsilon: float) -> float:
+    """Return the smallest mu for which every (epsilon, 0)-DP mechanism is mu-GDP.
+
+    Its trade-off curve is two chords of the Gaussian one, so the bound is exact.
+
+    >>> round(pure_mu(1.0), 6)
+    1.232035
+    """
+    return float(-2 * ndtri(expit(-epsilon)))

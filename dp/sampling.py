@@ -1,0 +1,38 @@
+"""HAZARDOUS: raw noise. Whatever is drawn here is charged to nobody.
+
+Only the guards in :mod:`retrieval` may import this module; a lint contract holds them to it.
+Randomness comes from the operating system. Normal variates are rounded to double precision,
+and the guards round noisy counts to integers before they release them; what that leaves open
+is stated in docs/known-limitations.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from dp import validate
+
+
+def gaussian(size: int, standard_deviation: float) -> NDArray[np.float64]:
+    """Return independent normal variates of mean 0.
+
+    Args:
+        size: How many.
+        standard_deviation: Of each of them.
+
+    Returns:
+        Array of shape (size,), by inversion from 63 bits each, and a sign: tails to 9 sigma.
+
+    >>> gaussian(3, 2.0).shape
+    (3,)
+    """
+    standard_deviation = validate.positive(standard_deviation=standard_deviation)
+    bits = np.frombuffer(os.urandom(8 * validate.count(size=size)), dtype="<u8")
+    tail = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
+    sign = np.where(bits & np.uint64(1), 1.0, -1.0)
+    noise: NDArray[np.float64] = sign * ndtri(tail) * standard_deviation
+    return noise
