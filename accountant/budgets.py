@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import rfc8785
 
 from accountant.errors import InvalidRequest, LedgerCorrupt
-from dp import DPError, Filter, InvalidParameter
-from dp import validate
+from dp import DPError, Filter, InvalidParameter, validate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_LABEL = 200
@@ -46,7 +45,9 @@ class Budget:
         if self.units is not None:
             validate.count(units=self.units)
             if not self.filter.delta * self.units < 1:
-                raise InvalidParameter("delta", self.filter.delta, f"below 1/units = 1/{self.units}")
+                raise InvalidParameter(
+                    "delta", self.filter.delta, f"below 1/units = 1/{self.units}"
+                )
 
     def to_json(self) -> bytes:
         """Return the canonical JSON (RFC 8785) that a ledger keeps."""
@@ -69,7 +70,10 @@ class Budget:
         try:
             record = json.loads(encoded)
             return cls(
-                record["name"], record["unit"], Filter.from_record(record["filter"]), record["units"]
+                record["name"],
+                record["unit"],
+                Filter.from_record(record["filter"]),
+                record["units"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, DPError) as error:
             raise LedgerCorrupt(f"unreadable budget record: {error}") from error

@@ -362,9 +362,7 @@ def _admit(
         )
     tx.keep_event(book, event)
     book.totals = totals
-    return book.append(
-        kind, now, event=event, uses=ask.uses, activity=ask.activity, note=ask.note
-    )
+    return book.append(kind, now, event=event, uses=ask.uses, activity=ask.activity, note=ask.note)
 
 
 def _refuse(tx: Transaction, book: Book, ask: Ask, event: bytes, now: int) -> None:

@@ -28,7 +28,9 @@ class Reservation:
         receipt: The ledger entry that reserved them.
     """
 
-    def __init__(self, writer: Writer, receipt: Receipt, event: Event, uses: int, holder: str):
+    def __init__(
+        self, writer: Writer, receipt: Receipt, event: Event, uses: int, holder: str
+    ) -> None:
         self.budget, self.event, self.uses, self.receipt = receipt.budget, event, uses, receipt
         self.marked = 0
         self._writer, self._holder, self._open = writer, holder, True
@@ -44,9 +46,7 @@ class Reservation:
         Raises:
             ReservationError: If fewer are left, or the reservation has ended.
         """
-        receipt = self._writer.submit(
-            Mark(self.budget, self.receipt.seq, self._holder, uses)
-        )
+        receipt = self._writer.submit(Mark(self.budget, self.receipt.seq, self._holder, uses))
         self.marked += uses
         return receipt
 
@@ -77,9 +77,9 @@ class Reservation:
             self.settle()
         else:
             _LOG.warning(
-                "reservation %d of budget %r forfeited: its block raised %s; all %d uses stay spent",
-                self.receipt.seq,
+                "budget %r: reservation %d was left by %s; all its %d uses stay spent",
                 self.budget,
+                self.receipt.seq,
                 type(error).__name__,
                 self.uses,
             )
@@ -87,4 +87,4 @@ class Reservation:
     def __reduce__(self) -> NoReturn:
         raise ReservationError("a reservation belongs to the process that made it: no pickling")
 
-    __copy__ = __deepcopy__ = __reduce__  # type: ignore[assignment]
+    __copy__ = __deepcopy__ = __reduce__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from accountant.budgets import Budget
 from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, unpack
@@ -85,13 +86,11 @@ def _verify_budget(snapshot: Snapshot, name: str) -> Checked:
     return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems))
 
 
-def _problems(
-    snapshot: Snapshot, budget: Budget, row: object, replayed: _Replayed
-) -> Iterator[str]:
+def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed) -> Iterator[str]:
     limits, name = budget.filter, budget.name
-    if name != row.name:  # type: ignore[attr-defined]
-        yield f"the record of budget {row.name!r} is that of {name!r}"  # type: ignore[attr-defined]
-    if budget.to_json() != row.record:  # type: ignore[attr-defined]
+    if name != row.name:
+        yield f"the record of budget {row.name!r} is that of {name!r}"
+    if budget.to_json() != row.record:
         yield "the budget's record is not in canonical form"
     if not limits_hold(limits):
         yield "the budget's limits are wider than its epsilon and delta allow"
@@ -118,7 +117,7 @@ def _problems(
             yield f"{at}: a chain has one OPEN entry, its first"
         replayed.seq, replayed.head, replayed.time = stored.seq, stored.digest, entry.time
         if entry.kind is Kind.OPEN:
-            if entry.event != digest(row.record):  # type: ignore[attr-defined]
+            if entry.event != digest(row.record):
                 yield f"{at}: the budget's record is not the one that was opened"
             continue
         if entry.event not in prices and entry.event != NO_EVENT:
@@ -126,7 +125,9 @@ def _problems(
             continue
         if entry.kind in (Kind.CHARGE, Kind.RESERVE):
             charges[entry.seq] = stored.digest
-            replayed.totals = _moved(limits.charge(prices[entry.event], entry.uses), replayed.totals)
+            replayed.totals = _moved(
+                limits.charge(prices[entry.event], entry.uses), replayed.totals
+            )
             if entry.kind is Kind.RESERVE:
                 reserved[entry.seq] = (entry, 0, True)
             if not limits.admits(replayed.totals):
@@ -155,19 +156,19 @@ def _problems(
 def _mismatches(
     snapshot: Snapshot,
     budget: Budget,
-    row: object,
+    row: Any,
     replayed: _Replayed,
     reserved: dict[int, tuple[Entry, int, bool]],
     charges: dict[int, bytes],
 ) -> Iterator[str]:
     """Compare what the entries came to with what is stored beside them."""
     name = budget.name
-    if (row.seq, row.head) != (replayed.seq, replayed.head):  # type: ignore[attr-defined]
+    if (row.seq, row.head) != (replayed.seq, replayed.head):
         yield (
-            f"entry {replayed.seq + 1}: the budget ends on entry {row.seq}"  # type: ignore[attr-defined]
+            f"entry {replayed.seq + 1}: the budget ends on entry {row.seq}"
             f" and the entries on {replayed.seq}: some are missing or were added"
         )
-    if unpack_lanes(row.totals) != replayed.totals:  # type: ignore[attr-defined]
+    if unpack_lanes(row.totals) != replayed.totals:
         yield "the stored totals are not the sums of the entries"
     stored_holds = {
         held.seq: (held.event, held.uses, held.marked, held.open)
@@ -182,7 +183,7 @@ def _mismatches(
     for key in snapshot.keys(name):
         if charges.get(key.seq) != key.digest:
             yield f"key {key.key!r} refers to entry {key.seq}, which is not its charge"
-    pending = json.loads(row.pending)  # type: ignore[attr-defined]
+    pending = json.loads(row.pending)
     if any(len(tally) != 3 or min(tally) < 0 for tally in pending.values()):
         yield "the pending refusals are unreadable"
 

@@ -92,7 +92,7 @@ class Writer:
                         outcomes.append(decide(tx, request, now))
                     except (AccountantError, DPError) as error:
                         outcomes.append(error)
-        except BaseException as error:  # every waiting caller must learn of it
+        except BaseException as error:  # noqa: BLE001 - every waiting caller must learn of it
             for _, done in batch:
                 done.set_exception(error)
             return not last

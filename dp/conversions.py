@@ -30,7 +30,9 @@ def renyi_to_epsilon(order: int, divergence: float, delta: float) -> float:
     >>> round(renyi_to_epsilon(32, 32 * 0.1, 1e-6), 4)
     3.5021
     """
-    epsilon = divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+    epsilon = (
+        divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+    )
     return max(0.0, epsilon)
 
 
@@ -55,7 +57,7 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """Return a mu, short of the largest by at most 1e-9 of it, for which mu-GDP is (epsilon, delta)-DP.
+    """Return the largest mu for which mu-GDP is (epsilon, delta)-DP, less 1e-10 of it.
 
     >>> mu = gaussian_mu(1.0, 1e-6)
     >>> gaussian_delta(1.0, mu) <= 1e-6 < gaussian_delta(1.0, mu * (1 + 1e-8))

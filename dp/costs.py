@@ -119,7 +119,7 @@ def check_supported(event: Event, relation: NeighboringRelation) -> None:
 
     >>> check_supported(PoissonSampled(0.1, Gaussian(1.0)), NeighboringRelation.REPLACE_ONE)
     Traceback (most recent call last):
-    dp.errors.UnsupportedEvent: PoissonSampled(sampling_probability=0.1, event=Gaussian(noise_multiplier=1.0)) cannot be priced: amplification by Poisson sampling is proved for add_remove only; use a budget with that relation
+    dp.errors.UnsupportedEvent: PoissonSampled(...) cannot be priced: ...
     """
     match event:
         case Repeated(inner, _):
@@ -182,7 +182,9 @@ def _laplace_renyi(epsilon: float, order: int) -> float:
     # Mironov 2017, Proposition 6, with 1 taken out of both exponentials: no cancellation of ones.
     a = order
     if a * epsilon < 1:
-        excess = (a * math.expm1((a - 1) * epsilon) + (a - 1) * math.expm1(-a * epsilon)) / (2 * a - 1)
+        excess = (a * math.expm1((a - 1) * epsilon) + (a - 1) * math.expm1(-a * epsilon)) / (
+            2 * a - 1
+        )
         return math.log1p(excess) / (a - 1)
     grown = math.log(a / (2 * a - 1)) + (a - 1) * epsilon
     shrunk = math.log((a - 1) / (2 * a - 1)) - a * epsilon

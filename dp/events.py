@@ -146,8 +146,8 @@ def canonical(event: Event) -> Event:
     Raises:
         InvalidParameter: If multiplied counts pass 2**53 - 1.
 
-    >>> canonical(Composed((Laplace(1.0), Composed((Gaussian(2.0), Laplace(1.0))))))
-    Composed(events=(Gaussian(noise_multiplier=2.0), Repeated(event=Laplace(noise_multiplier=1.0), count=2)))
+    >>> canonical(Composed((PureDP(1.0), Composed((Gaussian(2.0), PureDP(1.0))))))
+    Composed(events=(Gaussian(noise_multiplier=2.0), Repeated(event=PureDP(epsilon=1.0), count=2)))
     """
     parts = [
         part if uses == 1 else Repeated(part, uses)

@@ -158,7 +158,9 @@ class Filter:
             if lane in (_DELTA, _MU_SQUARED) or total > limit:
                 continue
             spent = math.ldexp(total, -_SCALE_BITS)
-            found.append(spent if lane == _EPSILON else renyi_to_epsilon(int(lane), spent, self.delta))
+            found.append(
+                spent if lane == _EPSILON else renyi_to_epsilon(int(lane), spent, self.delta)
+            )
         return min(found) if any(totals) else 0.0
 
     def charge(self, price: Price, uses: int) -> Price:
@@ -283,7 +285,9 @@ def adaptive(
     if expect is not None:
         costs.check_supported(expect, relation)
     weights = _witness_weights(epsilon, delta, expect)
-    return _with_limits("adaptive", epsilon, delta, relation, {_DELTA: 0.0, _EPSILON: 0.0} | weights)
+    return _with_limits(
+        "adaptive", epsilon, delta, relation, {_DELTA: 0.0, _EPSILON: 0.0} | weights
+    )
 
 
 def limits_hold(filter: Filter) -> bool:
@@ -324,7 +328,14 @@ def _with_limits(
         else:
             limits.append(_rounded_down(renyi_limit(int(lane), epsilon, share), _SCALE_BITS))
     return Filter(
-        accounting, 1, epsilon, delta, relation, tuple(weights), tuple(weights.values()), tuple(limits)
+        accounting,
+        1,
+        epsilon,
+        delta,
+        relation,
+        tuple(weights),
+        tuple(weights.values()),
+        tuple(limits),
     )
 
 

@@ -26,7 +26,7 @@ class _Table(SQLModel, registry=_registry):
 class BudgetRow(_Table, table=True):
     """One budget: its frozen record, and the head and totals that its entries come to."""
 
-    __tablename__: ClassVar[str] = "epsledger_budget"  # type: ignore[misc]
+    __tablename__: ClassVar[str] = "epsledger_budget"
 
     name: str = Field(primary_key=True)
     record: bytes
@@ -40,7 +40,7 @@ class BudgetRow(_Table, table=True):
 class EventRow(_Table, table=True):
     """An event that was asked for, with the price that is frozen for this budget."""
 
-    __tablename__: ClassVar[str] = "epsledger_event"  # type: ignore[misc]
+    __tablename__: ClassVar[str] = "epsledger_event"
 
     budget: str = Field(primary_key=True)
     digest: bytes = Field(primary_key=True)
@@ -51,7 +51,7 @@ class EventRow(_Table, table=True):
 class EntryRow(_Table, table=True):
     """One entry, packed, and its digest."""
 
-    __tablename__: ClassVar[str] = "epsledger_entry"  # type: ignore[misc]
+    __tablename__: ClassVar[str] = "epsledger_entry"
 
     budget: str = Field(primary_key=True)
     seq: int = Field(primary_key=True)
@@ -62,7 +62,7 @@ class EntryRow(_Table, table=True):
 class ReservationRow(_Table, table=True):
     """One reservation: what its entries come to, and the secret of its holder."""
 
-    __tablename__: ClassVar[str] = "epsledger_reservation"  # type: ignore[misc]
+    __tablename__: ClassVar[str] = "epsledger_reservation"
 
     budget: str = Field(primary_key=True)
     seq: int = Field(primary_key=True)
@@ -76,7 +76,7 @@ class ReservationRow(_Table, table=True):
 class KeyRow(_Table, table=True):
     """One idempotency key, and the answer that was released for it."""
 
-    __tablename__: ClassVar[str] = "epsledger_key"  # type: ignore[misc]
+    __tablename__: ClassVar[str] = "epsledger_key"
 
     budget: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
@@ -90,7 +90,7 @@ METADATA = _Table.metadata
 
 
 def _forbid(table: str, what: str, when: str = "") -> str:
-    name = f"{table}_{what.split()[0].lower()}"
+    name = f"{table}_{what.split(maxsplit=1)[0].lower()}"
     condition = f"WHEN {when} " if when else ""
     return (
         f"CREATE TRIGGER {name} BEFORE {what} ON {table} {condition}"
@@ -119,4 +119,4 @@ _TRIGGERS = [
 ]
 
 for _statement in _TRIGGERS:
-    event.listen(METADATA, "after_create", DDL(_statement))
+    event.listen(METADATA, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]

@@ -104,9 +104,10 @@ class SqlStore:
         event.listen(self.engine, "begin", _begin)
         self._writer = self.engine.execution_options(ledger_write=True)
         self._connection: Connection | None = None
-        self._prices: dict[tuple[str, Event], tuple[bytes, Price]] = {}
-        self._budgets: dict[str, tuple[bytes, Budget]] = {}
-        self._seen: dict[str, tuple[int, bytes]] = {}
+        # What is durable and immutable, or must not go back, remembered between transactions.
+        self.prices: dict[tuple[str, Event], tuple[bytes, Price]] = {}
+        self.budgets: dict[str, tuple[bytes, Budget]] = {}
+        self.seen: dict[str, tuple[int, bytes]] = {}
         with _translated(self.url):
             _prepare(self.engine, self._writer)
 
@@ -187,14 +188,14 @@ class SqlTransaction:
             row = self._connection.execute(select(_BUDGET).where(_BUDGET.c.name == budget)).first()
         if row is None:
             return None
-        seen = self._store._seen.get(budget)
-        if seen is not None and (row.seq < seen[0] or row.seq == seen[0] and row.head != seen[1]):
+        seen = self._store.seen.get(budget)
+        if seen is not None and (row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])):
             raise LedgerCorrupt(
                 f"budget {budget!r} went back to entry {row.seq} after entry {seen[0]} was seen"
             )
-        known = self._store._budgets.get(budget)
+        known = self._store.budgets.get(budget)
         if known is None or known[0] != row.record:
-            known = self._store._budgets[budget] = (row.record, Budget.from_json(row.record))
+            known = self._store.budgets[budget] = (row.record, Budget.from_json(row.record))
         pending = json.loads(row.pending)
         book = Book(known[1], row.seq, row.head, row.time, unpack_lanes(row.totals), pending)
         self._books[budget] = (book, row.seq, row.pending)
@@ -215,7 +216,7 @@ class SqlTransaction:
     def price(self, book: Book, event: Event) -> tuple[bytes, Price]:
         """Return digest and price of an event: the stored price, or else a new one."""
         name = book.budget.name
-        cached = self._store._prices.get((name, event))
+        cached = self._store.prices.get((name, event))
         if cached is not None:
             return cached
         encoded = encode(event)
@@ -376,12 +377,12 @@ class SqlTransaction:
 
     def remember(self) -> None:
         """Keep what is durable now for later transactions of this process."""
-        if len(self._store._prices) > _CACHED_PRICES:
-            self._store._prices.clear()
+        if len(self._store.prices) > _CACHED_PRICES:
+            self._store.prices.clear()
         for (name, key), (asked, _, price) in self._kept.items():
-            self._store._prices[name, asked] = (key, price)
+            self._store.prices[name, asked] = (key, price)
         for name, (book, _, _) in self._books.items():
-            self._store._seen[name] = (book.seq, book.head)
+            self._store.seen[name] = (book.seq, book.head)
 
 
 class Snapshot:

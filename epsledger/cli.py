@@ -1,0 +1,284 @@
+"""The command ``epsledger``: each sub-command is a thin shell over one public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from accountant import Accountant
+from dp import (
+    Event,
+    Gaussian,
+    Laplace,
+    NeighboringRelation,
+    PoissonSampled,
+    PureDP,
+    adaptive,
+    pure,
+)
+from epsledger.errors import CONTRADICTION, REFUSED, told
+
+_LEDGER = click.option(
+    "--ledger",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("epsledger.db"),
+    show_default=True,
+    envvar="EPSLEDGER_LEDGER",
+    help="The ledger's SQLite file.",
+)
+
+
+def _event_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--uses", type=int, default=1, show_default=True, help="How many uses."),
+        click.option("--pure-epsilon", type=float, help="Any mechanism of this pure epsilon."),
+        click.option("--laplace", type=float, help="Laplace noise: scale over L1 sensitivity."),
+        click.option(
+            "--sampling-probability", type=float, help="On a fresh Poisson sample of the units."
+        ),
+        click.option(
+            "--gaussian", type=float, help="Gaussian noise: noise multiplier over L2 sensitivity."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="epsledger")
+def main() -> None:
+    """Keep the privacy budget of an LLM pipeline: one budget per dataset, charged before use."""
+
+
+@main.group()
+def budget() -> None:
+    """Create, list and show budgets."""
+
+
+@budget.command("create")
+@click.argument("name")
+@click.option("--epsilon", type=float, required=True, help="For the dataset's whole life, in nats.")
+@click.option("--delta", type=float, default=0.0, show_default=True, help="0 for a pure budget.")
+@click.option("--unit", required=True, help="Who is protected, for instance 'article'.")
+@click.option("--units", type=int, help="How many units there are, if that is public.")
+@click.option(
+    "--relation",
+    type=click.Choice([relation.value for relation in NeighboringRelation]),
+    default=NeighboringRelation.ADD_REMOVE.value,
+    show_default=True,
+    help="Which two datasets count as neighbors.",
+)
+@_LEDGER
+def create(
+    name: str,
+    epsilon: float,
+    delta: float,
+    unit: str,
+    units: int | None,
+    relation: str,
+    ledger: Path,
+) -> None:
+    """Create a budget; it never changes afterwards."""
+    with told():
+        neighbors = NeighboringRelation(relation)
+        limits = (
+            adaptive(epsilon, delta, relation=neighbors)
+            if delta
+            else pure(epsilon, relation=neighbors)
+        )
+        with Accountant.open(ledger) as accountant:
+            accountant.create_budget(name, limits, unit=unit, units=units)
+    click.echo(f"{name}: ({epsilon:g}, {delta:g})-DP per {unit} under {relation}, in {ledger}")
+
+
+@budget.command("list")
+@_LEDGER
+def list_budgets(ledger: Path) -> None:
+    """List all budgets and how much of each is used."""
+    table = Table("budget", "unit", "epsilon", "delta", "used", "refused")
+    with told(), _existing(ledger) as accountant:
+        for name in accountant.budgets():
+            statement = accountant.statement(name)
+            limits = statement.budget.filter
+            table.add_row(
+                name,
+                statement.budget.unit,
+                f"{limits.epsilon:g}",
+                f"{limits.delta:g}",
+                f"{statement.share:.1%}",
+                str(statement.refused),
+            )
+    Console().print(table)
+
+
+@budget.command("show")
+@click.argument("name")
+@_LEDGER
+def show(name: str, ledger: Path) -> None:
+    """Show one budget: its guarantee and what each activity used of it."""
+    with told(), _existing(ledger) as accountant:
+        statement = accountant.statement(name)
+    limits = statement.budget.filter
+    click.echo(
+        f"{name}: ({limits.epsilon:g}, {limits.delta:g})-DP for life, per {statement.budget.unit}"
+        f" under {limits.relation}, {limits.accounting} accounting {limits.version}"
+    )
+    click.echo(
+        f"used {statement.share:.2%} of the limits in {statement.seq} entries,"
+        f" {statement.refused} refused"
+    )
+    table = Table("activity", "uses", "share of the limit", "refused")
+    for activity in statement.activities:
+        table.add_row(
+            activity.name, str(activity.uses), f"{activity.share:.2%}", str(activity.refused)
+        )
+    Console().print(table)
+
+
+@main.command()
+@click.argument("name")
+@_event_options
+@_LEDGER
+def plan(name: str, uses: int, ledger: Path, **event: float | None) -> None:
+    """Say what an operation would cost and how many fit; spends nothing."""
+    with told(), _existing(ledger) as accountant:
+        asked, with_noise = _event(**event)
+        fit = accountant.uses_that_fit(name, asked)
+        share = accountant.share_after(name, asked, uses)
+        click.echo(f"{uses} x {asked!r}")
+        click.echo(
+            f"  {'fits' if uses <= fit else 'does not fit'}; at most {fit} fit now;"
+            f" after it {share:.1%} of the limits would be used"
+        )
+        if with_noise is not None:
+            noise = accountant.smallest_noise(name, with_noise, uses=uses)
+            click.echo(f"  the smallest noise multiplier for {uses} uses is {noise:.6g}")
+    if uses > fit:
+        raise click.exceptions.Exit(REFUSED)
+
+
+@main.group()
+def ledger() -> None:
+    """Read and verify the ledger."""
+
+
+@ledger.command("log")
+@click.argument("name")
+@click.option("--last", type=int, default=20, show_default=True, help="How many entries.")
+@_LEDGER
+def log(name: str, last: int, ledger: Path) -> None:
+    """Print the last entries of a budget."""
+    with told(), _existing(ledger) as accountant:
+        statement = accountant.statement(name)
+    table = Table("seq", "time (UTC)", "kind", "uses", "event", "activity", "used after")
+    for line in statement.lines[-last:]:
+        entry = line.entry
+        when = datetime.fromtimestamp(entry.time / 1e6, UTC)
+        table.add_row(
+            str(entry.seq),
+            f"{when:%Y-%m-%d %H:%M:%S}",
+            entry.kind.name.lower() + (f" x{entry.times}" if entry.times > 1 else ""),
+            str(entry.uses or ""),
+            repr(line.event) if line.event else "",
+            entry.activity,
+            f"{line.share:.2%}",
+        )
+    Console().print(table)
+
+
+@ledger.command("verify")
+@_LEDGER
+def verify(ledger: Path) -> None:
+    """Replay every entry and compare: chain, prices, sums, limits. Exit code 4 if not clean."""
+    with told(), _existing(ledger) as accountant:
+        found = accountant.verify()
+    for checked in found.budgets:
+        state = "clean" if not checked.problems else f"{len(checked.problems)} problems"
+        click.echo(
+            f"{checked.budget}: {checked.entries} entries, head {checked.head[:16]}, {state}"
+        )
+        for problem in checked.problems:
+            click.echo(f"  {problem}", err=True)
+    for stray in found.strays:
+        click.echo(f"rows of a budget that does not exist: {stray!r}", err=True)
+    click.echo(f"rollback: {found.rollback}")
+    if not found.clean:
+        raise click.exceptions.Exit(CONTRADICTION)
+
+
+@main.command()
+@click.argument("name")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Folder for the HTML, the JSON and the plots.",
+)
+@_LEDGER
+def report(name: str, out: Path, ledger: Path) -> None:
+    """Write the compliance report of a budget: HTML, JSON and plots."""
+    from reports import ReportError, write_report
+
+    with told(), _existing(ledger) as accountant:
+        try:
+            written = write_report(accountant.statement(name), accountant.verify(), out)
+        except ReportError as error:
+            raise click.ClickException(str(error)) from error
+    for path in written.values():
+        click.echo(path)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out"),
+    show_default=True,
+    help="Folder for the ledger and the report; the demo's earlier files in it are replaced.",
+)
+def demo(out: Path) -> None:
+    """Run the whole path on BBC News: budget, DP-SGD, votes, refusal, kill, report."""
+    with told():
+        from epsledger.demo import run
+
+        run(out)
+
+
+def _existing(ledger: Path) -> Accountant:
+    """Open a ledger that is there: a mistyped path must not become an empty ledger."""
+    if not ledger.exists():
+        raise click.ClickException(
+            f"no ledger at {ledger}; give --ledger or EPSLEDGER_LEDGER, or create a budget first"
+        )
+    return Accountant.open(ledger)
+
+
+def _event(
+    *,
+    gaussian: float | None,
+    sampling_probability: float | None,
+    laplace: float | None,
+    pure_epsilon: float | None,
+) -> tuple[Event, Callable[[float], Event] | None]:
+    """Return the event of the options, and how to build it with another noise multiplier."""
+    given = {"--gaussian": gaussian, "--laplace": laplace, "--pure-epsilon": pure_epsilon}
+    if sum(value is not None for value in given.values()) != 1:
+        raise click.UsageError(f"give exactly one of {', '.join(given)}")
+
+    def sampled(event: Event) -> Event:
+        return (
+            event if sampling_probability is None else PoissonSampled(sampling_probability, event)
+        )
+
+    if gaussian is not None:
+        return sampled(Gaussian(gaussian)), lambda noise: sampled(Gaussian(noise))
+    if laplace is not None:
+        return sampled(Laplace(laplace)), lambda noise: sampled(Laplace(noise))
+    return sampled(PureDP(pure_epsilon or 0.0)), None

@@ -1,0 +1,40 @@
+"""Exit codes of the command: an error's business ends where the library's does.
+
+====  ==========================================================
+0     done
+1     an error; the message says what, where and what to do
+2     the command line is wrong (click's own)
+3     refused: it does not fit the budget
+4     ``verify`` found a contradiction
+====  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from accountant import AccountantError, BudgetExceeded
+from dp import DPError
+
+REFUSED = 3
+CONTRADICTION = 4
+
+
+class _Failure(click.ClickException):
+    def __init__(self, error: Exception, code: int) -> None:
+        super().__init__(str(error))
+        self.exit_code = code
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn the library's errors into a message and an exit code."""
+    try:
+        yield
+    except BudgetExceeded as error:
+        raise _Failure(error, REFUSED) from error
+    except (AccountantError, DPError, ImportError) as error:
+        raise _Failure(error, 1) from error

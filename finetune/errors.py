@@ -1,0 +1,40 @@
+"""Errors of guarded fine-tuning.
+
+::
+
+    FinetuneError
+    ├── NotPoissonSampled   batches that were not drawn as the plan's price assumes
+    ├── UnmarkedStep        an update that no durable mark paid for
+    └── PlanChanged         noise, clipping or normaliser are not those of the plan
+"""
+
+from __future__ import annotations
+
+
+class FinetuneError(Exception):
+    """Base class of every error raised by :mod:`finetune`."""
+
+
+class NotPoissonSampled(FinetuneError, ValueError):
+    """Batches would not come from fresh Poisson samples; shuffling is not Poisson sampling."""
+
+
+class UnmarkedStep(FinetuneError, RuntimeError):
+    """An optimizer step without a mark of its own; the weights were not changed."""
+
+
+class PlanChanged(FinetuneError, ValueError):
+    """The optimizer no longer does what was priced; the weights were not changed.
+
+    Attributes:
+        name: The parameter.
+        planned: Its value in the plan.
+        actual: Its value now.
+    """
+
+    def __init__(self, name: str, planned: object, actual: object) -> None:
+        super().__init__(
+            f"{name} is {actual!r}, the plan that was priced says {planned!r};"
+            " start a new run with a new plan"
+        )
+        self.name, self.planned, self.actual = name, planned, actual

@@ -1,0 +1,22 @@
+"""Errors of guarded retrieval.
+
+::
+
+    RetrievalError
+    ├── InvalidIndex   vectors, units or labels that no guarantee can be given for
+    └── InvalidQuery   a query that cannot be answered as asked; nothing was charged
+"""
+
+from __future__ import annotations
+
+
+class RetrievalError(Exception):
+    """Base class of every error raised by :mod:`retrieval`."""
+
+
+class InvalidIndex(RetrievalError, ValueError):
+    """The index cannot be built: what is wrong is named, for the owner of the data only."""
+
+
+class InvalidQuery(RetrievalError, ValueError):
+    """The query is malformed. Decided from the query alone; nothing was charged."""
