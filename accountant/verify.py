@@ -81,7 +81,7 @@ def _verify_budget(snapshot: Snapshot, name: str) -> Checked:
         budget = Budget.from_json(row.record)
         replayed.totals = (0,) * len(budget.filter.limits)
         problems = list(_problems(snapshot, budget, row, replayed))
-    except (LedgerCorrupt, DPError, ValueError) as error:
+    except (LedgerCorrupt, DPError, ValueError, TypeError, LookupError, AttributeError) as error:
         problems = [f"entry {replayed.seq + 1}: {error}"]
     return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems))
 

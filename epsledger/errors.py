@@ -23,10 +23,8 @@ REFUSED = 3
 CONTRADICTION = 4
 
 
-class _Failure(click.ClickException):
-    def __init__(self, error: Exception, code: int) -> None:
-        super().__init__(str(error))
-        self.exit_code = code
+class _Refused(click.ClickException):
+    exit_code = REFUSED
 
 
 @contextmanager
@@ -35,6 +33,6 @@ def told() -> Iterator[None]:
     try:
         yield
     except BudgetExceeded as error:
-        raise _Failure(error, REFUSED) from error
+        raise _Refused(str(error)) from error
     except (AccountantError, DPError, ImportError) as error:
-        raise _Failure(error, 1) from error
+        raise click.ClickException(str(error)) from error

@@ -459,6 +459,8 @@ def _url(location: str | Path) -> URL:
 
 def _configure(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver starts no transaction of its own
+    # A tampered value must reach verify, not fail in the driver.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA busy_timeout=30000")
     (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
     if mode != "wal":

@@ -1,11 +1,11 @@
-"""Read BBC News articles, one privacy unit for each distinct text."""
+"""Read BBC News articles, one privacy unit for each distinct body."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +17,8 @@ class Article:
     """Hold one record: a file of the corpus.
 
     Attributes:
-        unit: privacy unit, the first 16 hex digits of the SHA-256 of the whole
-            text after white space is folded. Copies of a text share it.
+        unit: privacy unit, the first 16 hex digits of the SHA-256 of the body after
+            white space is folded. Copies share it, also under another headline.
         headline: first line that is not blank.
         body: the rest of the text, without the headline.
         topic: public label, one of `TOPICS`; the same for all records of a unit.
@@ -42,13 +42,13 @@ def load_articles() -> list[Article]:
     files = [
         (topic, path) for topic in TOPICS for path in sorted((_data_folder() / topic).glob("*.txt"))
     ]
-    records = [(topic, _decode(path.read_bytes())) for topic, path in files]
+    records = [_article(topic, _decode(path.read_bytes())) for topic, path in files]
     # A text filed under several topics gets the first of them in alphabetic order,
     # for all its copies, so that a unit has one label. `records` is in that order.
     label: dict[str, str] = {}
-    for topic, text in records:
-        label.setdefault(_unit(text), topic)
-    return [_article(text, label[_unit(text)]) for _, text in records]
+    for record in records:
+        label.setdefault(record.unit, record.topic)
+    return [replace(record, topic=label[record.unit]) for record in records]
 
 
 def split(
@@ -103,13 +103,10 @@ def _decode(raw: bytes) -> str:
         return raw.decode("latin-1")
 
 
-def _article(text: str, topic: str) -> Article:
+def _article(topic: str, text: str) -> Article:
     headline, _, body = text.strip().partition("\n")
-    return Article(_unit(text), headline.strip(), body.strip(), topic)
-
-
-def _unit(text: str) -> str:
-    return _digest(" ".join(text.split()))[:16]
+    unit = _digest(" ".join(body.split()))[:16]
+    return Article(unit, headline.strip(), body.strip(), topic)
 
 
 def _digest(text: str) -> str:

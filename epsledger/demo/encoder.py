@@ -17,7 +17,6 @@ from torch import Tensor
 
 WIDTH = 384
 _LAYERS = 6
-_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +42,12 @@ def encode(
 ) -> Encoded:
     """Encode texts, truncated and padded to `max_tokens`.
 
-    Batches are formed by length and text, so the order of `texts` changes nothing.
+    One text at a time: in a batch, the last bits of a row depend on the rows beside it, and
+    then one article more or less could change the score of another.
 
     Args:
         texts: n texts.
-        progress: called after each batch with the number of texts just done.
+        progress: called after each text with 1, the number of texts just done.
         max_tokens: tokens kept of each text, with the two special ones.
 
     Returns:
@@ -60,22 +60,18 @@ def encode(
     hidden = torch.zeros(len(texts), max_tokens, WIDTH)
     mask = torch.zeros(len(texts), max_tokens, dtype=torch.bool)
     embeddings = torch.zeros(len(texts), WIDTH)
-    tokens = [_tokenize(tokenizer, text, max_tokens) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]), texts[i]))
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        batch = tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt")
-        seen = batch["attention_mask"].bool()
-        width = seen.shape[1]
+    for row, text in enumerate(texts):
+        tokens = tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")
+        width = tokens["input_ids"].shape[1]
+        mask[row, :width] = True
         with torch.inference_mode():
-            output = model(**batch, output_hidden_states=True)
-            hidden[rows, :width] = output.hidden_states[-2] * seen[..., None]
-            embeddings[rows] = torch.nn.functional.normalize(
-                mean_pool(output.last_hidden_state, seen), dim=-1
+            output = model(**tokens, output_hidden_states=True)
+            hidden[row, :width] = output.hidden_states[-2][0]
+            embeddings[row] = torch.nn.functional.normalize(
+                mean_pool(output.last_hidden_state, mask[row : row + 1, :width])[0], dim=-1
             )
-        mask[rows, :width] = seen
         if progress is not None:
-            progress(len(rows))
+            progress(1)
     return Encoded(hidden, mask, embeddings.numpy())
 
 
@@ -115,11 +111,6 @@ def _load() -> tuple[Any, Any]:
         if bars:
             logging.enable_progress_bar()
     return tokenizer, model.float().eval().requires_grad_(False)
-
-
-def _tokenize(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
-    ids: list[int] = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
-    return ids
 
 
 def _model_folder() -> Path:

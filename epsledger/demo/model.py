@@ -28,7 +28,7 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """Fix the training run; chosen on public articles only.
+    """Fix the training run; chosen beforehand, on held-out articles only.
 
     Attributes:
         expected_batch_size: mean size of a Poisson batch.

@@ -1,0 +1,109 @@
+"""What the test folders share: a ledger on disk, ways to read it without the package, the scale."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from accountant import Accountant
+from dp import adaptive, pure
+
+SCALE = int(os.environ.get("SCALE", "1"))
+
+
+def pytest_report_header():
+    return f"SCALE={SCALE}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave tests marked ``long`` to ``-m long``."""
+    if config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def scale():
+    """By how much the tests marked ``long`` are multiplied."""
+    return SCALE
+
+
+@pytest.fixture
+def location(tmp_path):
+    """Where a ledger may be."""
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def accountant(location):
+    """An open ledger with the budgets ``news`` (adaptive) and ``tips`` (pure)."""
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("news", adaptive(3.0, 1e-6), unit="article")
+        accountant.create_budget("tips", pure(10.0), unit="article")
+        yield accountant
+
+
+def _query(location: Path, sql: str, *values: object) -> list[tuple]:
+    with closing(sqlite3.connect(location)) as connection, connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def _untrigger(location: Path) -> None:
+    for (name,) in _query(location, "SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+        _query(location, f"DROP TRIGGER {name}")
+
+
+def _digest(location: Path) -> str:
+    state = hashlib.sha256()
+    with closing(sqlite3.connect(location)) as connection, connection:
+        connection.execute("BEGIN")
+        for pragma in ("application_id", "user_version"):
+            state.update(repr(connection.execute(f"PRAGMA {pragma}").fetchone()).encode())
+        schema = connection.execute("SELECT name, type, sql FROM sqlite_master ORDER BY name")
+        for name, kind, sql in schema.fetchall():
+            state.update(repr((name, kind, sql)).encode())
+            if kind == "table":
+                rows = sorted(map(repr, connection.execute(f"SELECT * FROM {name}")))
+                state.update("\n".join(rows).encode())
+    return state.hexdigest()
+
+
+def _totals(location: Path, budget: str) -> tuple[int, ...]:
+    ((packed,),) = _query(
+        location, "SELECT totals FROM epsledger_budget WHERE name = ?", budget
+    )
+    return tuple(
+        int.from_bytes(packed[at : at + 16], "little") for at in range(0, len(packed), 16)
+    )
+
+
+@pytest.fixture(scope="session")
+def query():
+    """Run one SQL statement on a file through the bare driver."""
+    return _query
+
+
+@pytest.fixture(scope="session")
+def untrigger():
+    """Drop the triggers, as whoever owns the file can."""
+    return _untrigger
+
+
+@pytest.fixture(scope="session")
+def digest_of():
+    """Return a digest over every row of every table."""
+    return _digest
+
+
+@pytest.fixture(scope="session")
+def totals_of():
+    """Return the stored lanes of a budget, read through the bare driver."""
+    return _totals

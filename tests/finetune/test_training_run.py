@@ -1,0 +1,285 @@
+"""The Opacus guard on a real model: priced, marked before the batch, stopped, settled."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from accountant import Accountant, BudgetExceeded, UnitMismatch
+from dp import Gaussian, PoissonSampled, adaptive
+from finetune import NotPoissonSampled, PlanChanged, TrainingPlan, UnmarkedStep, training_run
+from finetune.opacus import PoissonSampler
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+UNITS = 200
+
+
+@pytest.fixture
+def accountant(tmp_path):
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        accountant.create_budget("b", adaptive(8.0, 1e-5), unit="row", units=UNITS)
+        yield accountant
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(0)
+    return TensorDataset(torch.randn(UNITS, 5), torch.randint(0, 2, (UNITS,)))
+
+
+def plan(steps=10, **changes):
+    values = {"expected_batch_size": 20, "noise_multiplier": 1.0, "steps": steps}
+    return TrainingPlan.for_units(UNITS, **(values | changes))
+
+
+def parts(rows):
+    model = torch.nn.Linear(5, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(rows)
+
+
+def learn(model, optimizer, batch):
+    torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def spent(accountant):
+    return accountant.statement("b").activities[0].uses
+
+
+def test_a_whole_run_is_charged_step_by_step(accountant, rows):
+    before = accountant.uses_that_fit("b", plan().event)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for done, batch in enumerate(run.batches(loader)):
+            assert accountant.statement("b").open_reservations == ((2, 10, done + 1),)
+            learn(model, optimizer, batch)
+    assert spent(accountant) == 10
+    assert accountant.uses_that_fit("b", plan().event) == before - 10
+    assert accountant.verify().clean
+
+
+def test_stopping_early_returns_the_steps_that_never_started(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for batch in run.batches(loader):
+            learn(model, optimizer, batch)
+            if run.reservation.marked == 4:
+                break
+    assert spent(accountant) == 4
+    assert accountant.statement("b").open_reservations == ()
+
+
+def test_a_run_that_raises_forfeits_the_whole_plan(accountant, rows):
+    with (
+        pytest.raises(ZeroDivisionError),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for batch in run.batches(loader):
+            learn(model, optimizer, batch)
+            _ = 1 / 0
+    assert spent(accountant) == 10
+    assert accountant.statement("b").open_reservations == ((2, 10, 1),)
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_number_that_would(accountant):
+    fit = accountant.uses_that_fit("b", plan().event)
+    with (
+        pytest.raises(BudgetExceeded) as refusal,
+        training_run(accountant, "b", plan(steps=fit + 1), unit="row"),
+    ):
+        pytest.fail("entered a run that was refused")
+    assert (refusal.value.requested, refusal.value.remaining) == (fit + 1, fit)
+    with training_run(accountant, "b", plan(steps=fit), unit="row") as run:
+        assert run.reservation.remaining == fit
+
+
+def test_the_last_affordable_step_is_taken_and_none_more(accountant, rows):
+    accountant.charge("b", Gaussian(1.0), unit="row", activity="other", uses=1)
+    fit = accountant.uses_that_fit("b", plan().event)
+    assert 0 < fit < 400
+    steps = 0
+    with training_run(accountant, "b", plan(steps=fit), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for batch in run.batches(loader):
+            learn(model, optimizer, batch)
+            steps += 1
+    assert steps == fit
+    assert accountant.uses_that_fit("b", plan().event) == 0
+
+
+def test_another_unit_is_refused(accountant):
+    with (
+        pytest.raises(UnitMismatch, match="protects one 'row'"),
+        training_run(accountant, "b", plan(), unit="author"),
+    ):
+        pytest.fail("entered a run for another unit")
+
+
+def test_a_shuffled_loader_is_refused(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        run.make_private(*parts(rows))
+        with pytest.raises(NotPoissonSampled, match="shuffled loader has no amplification"):
+            next(run.batches(DataLoader(rows, batch_size=20, shuffle=True)))
+        assert run.reservation.marked == 0
+
+
+def test_a_loader_with_a_sampler_of_its_own_is_refused(accountant, rows):
+    weighted = DataLoader(rows, sampler=WeightedRandomSampler([1.0] * UNITS, UNITS))
+    model, optimizer, _ = parts(rows)
+    with (
+        training_run(accountant, "b", plan(), unit="row") as run,
+        pytest.raises(NotPoissonSampled, match="WeightedRandomSampler"),
+    ):
+        run.make_private(model, optimizer, weighted)
+
+
+def test_a_second_step_on_one_batch_changes_no_weight(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        batch = next(iter(run.batches(loader)))
+        learn(model, optimizer, batch)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(UnmarkedStep, match="no durable mark"):
+            optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_step_after_the_run_is_refused(accountant, rows):
+    with training_run(accountant, "b", plan(steps=1), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for batch in run.batches(loader):
+            torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None
+        assert parameter.grad_sample is None
+        assert parameter.summed_grad is None
+    for parameter in model.parameters():
+        parameter.grad_sample = torch.ones(1, *parameter.shape)
+    with pytest.raises(UnmarkedStep):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("noise_multiplier", 0.1), ("max_grad_norm", 9.0), ("expected_batch_size", 1)]
+)
+def test_a_changed_optimizer_changes_no_weight(accountant, rows, name, value):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        setattr(optimizer, name, value)
+        batch = next(iter(run.batches(loader)))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with pytest.raises(PlanChanged, match=name):
+            learn(model, optimizer, batch)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_the_normaliser_does_not_depend_on_the_number_of_rows(accountant, rows):
+    """Opacus alone would divide by int(n * q), which tells n from n - 1 (the control)."""
+    from opacus import PrivacyEngine
+
+    theirs, ours = [], []
+    for n in (UNITS, UNITS - 1):
+        fewer = TensorDataset(*(tensor[:n] for tensor in rows.tensors))
+        with pytest.warns(UserWarning, match="Secure RNG turned off"):
+            engine = PrivacyEngine()
+        model, optimizer, _ = parts(fewer)
+        _, private, _ = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=DataLoader(fewer, batch_size=20),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        theirs.append(private.expected_batch_size)
+        with training_run(accountant, "b", plan(steps=1), unit="row") as run:
+            ours.append(run.make_private(*parts(fewer))[1].expected_batch_size)
+    assert theirs[0] != theirs[1]
+    assert ours == [20, 20]
+
+
+def test_noise_does_not_follow_the_script_s_seed(accountant, rows):
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with training_run(accountant, "b", plan(steps=1), unit="row") as run:
+            model, optimizer, loader = run.make_private(*parts(rows))
+            for batch in run.batches(loader):
+                learn(model, optimizer, batch)
+        weights.append(next(model.parameters()).detach().clone())
+    assert not torch.equal(*weights)
+
+
+def test_poisson_samples_have_the_planned_rate_and_are_independent():
+    sampler = PoissonSampler(1000, 0.1, 500, torch.Generator().manual_seed(1))
+    drawn = torch.zeros(500, 1000)
+    for step, indices in enumerate(sampler):
+        drawn[step, indices] = 1
+    # 500,000 draws at 0.1: standard error 0.00042; batch sizes have the binomial's variance of 90,
+    # which a fixed-size batch (0, the shuffled control) has not.
+    assert abs(drawn.mean().item() - 0.1) < 6 * 0.00042
+    assert 60 < drawn.sum(1).var().item() < 130
+    shuffled = torch.stack([torch.randperm(1000) < 100 for _ in range(500)]).float()
+    assert shuffled.sum(1).var().item() < 60
+
+
+def test_empty_batches_are_charged_and_noised(accountant, rows):
+    tiny = TrainingPlan(1.0, 1e-6, steps=3, expected_batch_size=1)
+    with training_run(accountant, "b", tiny, unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for batch in run.batches(loader):
+            assert len(batch[0]) == 0
+            learn(model, optimizer, batch)
+    assert not any(map(torch.equal, before, model.parameters()))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert spent(accountant) == 3
+
+
+def test_kill_9_during_training_keeps_the_whole_plan_spent(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch, warnings
+        warnings.simplefilter("ignore")
+        from torch.utils.data import DataLoader, TensorDataset
+        from accountant import Accountant
+        from dp import adaptive
+        from finetune import TrainingPlan, training_run
+        accountant = Accountant.open(sys.argv[1])
+        accountant.create_budget("b", adaptive(8.0, 1e-5), unit="row")
+        rows = TensorDataset(torch.randn(200, 5), torch.randint(0, 2, (200,)))
+        model = torch.nn.Linear(5, 2)
+        plan = TrainingPlan.for_units(200, expected_batch_size=20, noise_multiplier=2.0, steps=500)
+        with training_run(accountant, "b", plan, unit="row") as run:
+            model, optimizer, loader = run.make_private(
+                model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(rows))
+            for step, batch in enumerate(run.batches(loader)):
+                torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+                optimizer.step(); optimizer.zero_grad()
+                print(step + 1, flush=True)
+    """)
+    ledger = tmp_path / "ledger.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(ledger)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if int(line) >= 20:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        seen = max([20, *(int(line) for line in process.stdout)])
+    with Accountant.open(ledger) as accountant:
+        ((_, uses, marked),) = accountant.statement("b").open_reservations
+        assert uses == 500
+        assert seen <= marked <= seen + 1
+        assert accountant.statement("b").activities[0].uses == 500
+        assert accountant.verify().clean
+
+
+def test_the_price_is_that_of_the_poisson_sampled_gaussian():
+    assert plan().event == PoissonSampled(0.1, Gaussian(1.0))

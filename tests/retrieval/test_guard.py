@@ -1,0 +1,172 @@
+"""The guard: no answer without a durable charge, no look at the corpus without one either."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from accountant import Accountant, BudgetExceeded, KeyReused, ReleaseUnknown, UnitMismatch, UnknownBudget
+from dp import Gaussian, InvalidParameter, adaptive
+from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
+
+
+class Watched(PrivateIndex):
+    """An index that counts how often it was read, and checks that each time was paid for."""
+
+    reads = 0
+    accountant = None
+
+    def histogram(self, query, threshold):
+        self.reads += 1
+        if self.accountant is not None:
+            assert self.accountant.statement("b").activities[0].uses == self.reads
+        return super().histogram(query, threshold)
+
+
+@pytest.fixture
+def accountant(tmp_path):
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        accountant.create_budget("b", adaptive(3.0, 1e-6), unit="article", units=300)
+        yield accountant
+
+
+@pytest.fixture
+def index(accountant):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 16)).astype(np.float32) + 1
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Watched(
+        vectors,
+        units=[f"u{row}" for row in range(300)],
+        labels=["x" if row % 4 else "y" for row in range(300)],
+        public_labels=["x", "y", "z"],
+    )
+
+
+@pytest.fixture
+def guard(accountant, index):
+    return RetrievalGuard(accountant, "b", index, unit="article")
+
+
+QUERY = np.full(16, 0.25)
+
+
+def test_a_vote_is_paid_for_before_the_corpus_is_read(accountant, index, guard):
+    index.accountant = accountant
+    for _ in range(5):
+        vote = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+    assert index.reads == 5
+    assert vote.seq == accountant.statement("b").seq
+    assert sorted(vote.counts) == ["x", "y", "z"]
+    assert vote.winner == max(vote.counts, key=vote.counts.get)
+
+
+def test_the_control_that_reads_first_is_caught(accountant, index):
+    """The watched index must fail a guard that scores before it charges."""
+    index.accountant = accountant
+    accountant.charge("b", _event(), unit="article", activity="retrieval/vote")
+    index.histogram(QUERY.astype(np.float32), 0.3)
+    with pytest.raises(AssertionError):
+        index.histogram(QUERY.astype(np.float32), 0.3)
+
+
+def _event():
+    return Gaussian(20.0)
+
+
+def test_it_answers_until_the_budget_refuses_and_reads_nothing_after(accountant, index, guard):
+    fit = accountant.uses_that_fit("b", _event())
+    answered = 0
+    with pytest.raises(BudgetExceeded) as refusal:
+        while True:
+            guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+            answered += 1
+    assert answered == index.reads == fit
+    assert refusal.value.remaining == 0
+    for _ in range(10):
+        with pytest.raises(BudgetExceeded):
+            guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+    assert index.reads == fit
+    assert accountant.statement("b").refused == 11
+    assert accountant.verify().clean
+
+
+def test_the_noise_is_the_charged_one(accountant, index, guard):
+    exact = index.histogram(QUERY.astype(np.float32), 0.3)
+    accountant.create_budget("wide", adaptive(1000.0, 1e-6), unit="article")
+    guard = RetrievalGuard(accountant, "wide", index, unit="article")
+    noise = np.array(
+        [
+            np.array(list(guard.vote(QUERY, threshold=0.3, noise_multiplier=15.0).counts.values()))
+            - exact
+            for _ in range(700)
+        ]
+    ).ravel()
+
+    def fits(sigma):
+        spread = noise + np.random.default_rng(1).uniform(-0.5, 0.5, noise.size)
+        return stats.kstest(spread, "norm", args=(0, sigma)).pvalue > 1e-6
+
+    assert fits(15.0)
+    assert not fits(15.0 * 0.7)
+    assert not fits(15.0 * 1.5)
+
+
+def test_a_key_returns_the_same_answer_uncharged(accountant, index, guard):
+    first = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
+    seq = accountant.statement("b").seq
+    assert guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1") == first
+    assert (accountant.statement("b").seq, index.reads) == (seq, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"threshold": 0.4}, {"noise_multiplier": 21.0}, {"query": np.roll([1.0] + [0] * 15, 3)}]
+)
+def test_a_key_with_another_question_is_an_error(guard, index, change):
+    asked = {"query": QUERY, "threshold": 0.3, "noise_multiplier": 20.0, "key": "q-1"}
+    guard.vote(**asked)
+    with pytest.raises(KeyReused):
+        guard.vote(**(asked | change))
+    assert index.reads == 1
+
+
+def test_an_answer_that_was_lost_is_not_drawn_again(accountant, index, guard, monkeypatch):
+    def crash(*_):
+        raise OSError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "histogram", crash)
+        with pytest.raises(OSError, match="gone"):
+            guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
+    assert accountant.statement("b").activities[0].uses == 1
+    with pytest.raises(ReleaseUnknown):
+        guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"query": QUERY * 2}, InvalidQuery, "norm 2"),
+        ({"query": np.full(16, np.nan)}, InvalidQuery, "norm nan"),
+        ({"query": np.zeros(16)}, InvalidQuery, "norm 0"),
+        ({"query": np.full(4, 0.5)}, InvalidQuery, r"shape \(4,\)"),
+        ({"threshold": 1.5}, InvalidQuery, "threshold"),
+        ({"threshold": float("nan")}, InvalidQuery, "threshold"),
+        ({"noise_multiplier": float("nan")}, InvalidParameter, "noise_multiplier"),
+        ({"noise_multiplier": 0.0}, InvalidParameter, "noise_multiplier"),
+    ],
+)
+def test_a_malformed_query_charges_nothing(accountant, index, guard, change, error, words):
+    before = accountant.statement("b")
+    with pytest.raises(error, match=words):
+        guard.vote(**({"query": QUERY, "threshold": 0.3, "noise_multiplier": 20.0} | change))
+    assert accountant.statement("b") == before
+    assert index.reads == 0
+
+
+def test_a_guard_for_another_unit_or_budget_answers_nothing(accountant, index):
+    for budget, unit, error in (("b", "author", UnitMismatch), ("c", "article", UnknownBudget)):
+        with pytest.raises(error):
+            RetrievalGuard(accountant, budget, index, unit=unit).vote(
+                QUERY, threshold=0.3, noise_multiplier=20.0
+            )
+    assert index.reads == 0

@@ -1,0 +1,98 @@
+"""The index: exact, by unit, and each unit's score a function of that unit alone."""
+
+import numpy as np
+import pytest
+
+from retrieval import InvalidIndex, PrivateIndex
+
+
+def unit_vectors(rows, dimensions, seed=0):
+    vectors = np.random.default_rng(seed).normal(size=(rows, dimensions)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def build(vectors, units=None, labels=None, public_labels=("x", "y")):
+    units = units or [f"u{row:06}" for row in range(len(vectors))]
+    labels = labels or ["xy"[row % 2] for row in range(len(vectors))]
+    return PrivateIndex(vectors, units=units, labels=labels, public_labels=public_labels)
+
+
+def test_histogram_against_brute_force():
+    vectors, query = unit_vectors(200, 16), unit_vectors(1, 16, 1)[0]
+    units = [f"u{row % 60}" for row in range(200)]
+    labels = ["x" if row % 60 % 3 else "y" for row in range(200)]
+    index = build(vectors, units, labels)
+    for threshold in (-1.0, 0.0, 0.2, 0.5, 1.0):
+        best = {}
+        for unit, label, vector in zip(units, labels, vectors, strict=True):
+            score = float(np.sum(vector.astype(np.float64) * query))
+            best[unit] = max(best.get(unit, (-2.0, label)), (score, label))
+        expected = [
+            sum(label == wanted and score >= threshold for score, label in best.values())
+            for wanted in ("x", "y")
+        ]
+        assert index.histogram(query, threshold).tolist() == expected
+
+
+def test_a_unit_with_many_rows_votes_once():
+    vectors = np.repeat(unit_vectors(1, 8), 50, axis=0)
+    index = build(vectors, ["same"] * 50, ["x"] * 50)
+    assert index.histogram(vectors[0], 0.9).tolist() == [1, 0]
+
+
+def bits_changed(score, vectors, query, removed):
+    whole, changed = score(vectors, query), 0
+    for row in removed:
+        rest = score(np.delete(vectors, row, axis=0), query)
+        changed += np.count_nonzero(np.delete(whole, row).view("u4") != rest.view("u4"))
+    return changed
+
+
+def test_no_other_row_s_score_depends_on_a_removed_row():
+    """200,000 scores beside a removed row; the control is the linear algebra library's product."""
+    vectors, query, removed = unit_vectors(1001, 384), unit_vectors(1, 384, 1)[0], range(0, 1000, 5)
+    assert bits_changed(lambda rows, q: build(rows)._scores(q), vectors, query, removed) == 0
+    several = unit_vectors(12, 384, 1).T
+    products = (lambda rows, _: (rows @ several)[:, 0].copy(), lambda rows, q: rows @ q)
+    assert any(bits_changed(product, vectors, query, removed) for product in products)
+
+
+def test_removing_a_unit_changes_one_count_by_one():
+    vectors, query = unit_vectors(300, 32), unit_vectors(1, 32, 1)[0]
+    whole = build(vectors).histogram(query, 0.1)
+    seen = set()
+    for row in range(300):
+        kept = [other for other in range(300) if other != row]
+        smaller = build(vectors[kept], [f"u{k}" for k in kept], ["xy"[k % 2] for k in kept])
+        change = np.abs(whole - smaller.histogram(query, 0.1))
+        assert change.sum() <= 1
+        seen.add(int(change.sum()))
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vectors": [[1.0, 0.0], [2.0, 0.0]]}, "first is row 1"),
+        ({"vectors": [[1.0, 0.0], [np.nan, 0.0]]}, "first is row 1"),
+        ({"vectors": [[1.0, 0.0], [0.0, 0.0]]}, "first is row 1"),
+        ({"vectors": [1.0, 0.0]}, "shape"),
+        ({"vectors": np.empty((0, 2))}, "shape"),
+        ({"units": ["a"]}, "one of each"),
+        ({"units": ["a", ""]}, "row 1 has no privacy unit"),
+        ({"units": ["a", None]}, "row 1 has no privacy unit"),
+        ({"labels": ["x", "z"]}, "not one of the public ones"),
+        ({"units": ["a", "a"]}, "two labels"),
+        ({"public_labels": []}, "distinct"),
+        ({"public_labels": ["x", "x"]}, "distinct"),
+    ],
+)
+def test_an_index_without_a_guarantee_is_not_built(change, words):
+    members = {
+        "vectors": [[1.0, 0.0], [0.0, 1.0]],
+        "units": ["a", "b"],
+        "labels": ["x", "y"],
+        "public_labels": ["x", "y"],
+    } | change
+    with pytest.raises(InvalidIndex, match=words):
+        PrivateIndex(members.pop("vectors"), **members)
