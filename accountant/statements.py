@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from accountant.budgets import Budget
 from accountant.entries import NO_EVENT, Entry, Kind, unpack
+from accountant.errors import LedgerCorrupt
 from accountant.stores.sql import Snapshot, unpack_lanes
-from dp import Event, Price
+from dp import Event, MalformedEvent, Price
 from dp.codec import decode
 
 
@@ -86,11 +87,13 @@ def read_statement(snapshot: Snapshot, name: str) -> Statement:
     """
     row = snapshot.row(name)
     budget = Budget.from_json(row.record)
-    events = {stored.digest: decode(stored.encoded) for stored in snapshot.events(name)}
-    prices = {stored.digest: unpack_lanes(stored.price) for stored in snapshot.events(name)}
-    entries = [unpack(stored.body) for stored in snapshot.entries(name)]
-    pending = json.loads(row.pending)
-    return _fold(budget, row.head.hex(), entries, events, prices, pending)
+    try:
+        events = {stored.digest: decode(stored.encoded) for stored in snapshot.events(name)}
+        prices = {stored.digest: unpack_lanes(stored.price) for stored in snapshot.events(name)}
+        entries = [unpack(stored.body) for stored in snapshot.entries(name)]
+        return _fold(budget, row.head.hex(), entries, events, prices, json.loads(row.pending))
+    except (MalformedEvent, LookupError, TypeError, ValueError) as error:
+        raise LedgerCorrupt(f"budget {name!r} cannot be read; verify it: {error!r}") from error
 
 
 def _fold(

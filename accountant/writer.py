@@ -7,7 +7,6 @@ batch fills while the thread waits for its turn.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -27,7 +26,6 @@ class Writer:
 
     def __init__(self, store: SqlStore) -> None:
         self._store = store
-        self._process = os.getpid()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._closed = False
@@ -42,10 +40,7 @@ class Writer:
             AccountantError: If it failed otherwise.
             DPError: If its event has no price.
         """
-        if os.getpid() != self._process:
-            raise LedgerUnavailable(
-                "this accountant was opened before a fork; open the ledger again in the child"
-            )
+        self._store.check_process()
         done: Future[Outcome] = Future()
         with self._door:
             if self._closed:
@@ -58,7 +53,7 @@ class Writer:
 
     def close(self) -> None:
         """Finish what is queued and stop the thread."""
-        if os.getpid() != self._process:
+        if not self._thread.is_alive():
             return
         with self._door:
             if not self._closed:

@@ -58,7 +58,9 @@ def bare(data: TensorDataset, width: int) -> float:
 
 
 def guarded(accountant: Accountant, data: TensorDataset, width: int) -> float:
-    plan = TrainingPlan.for_units(ROWS, expected_batch_size=BATCH, noise_multiplier=1.0, steps=STEPS)
+    plan = TrainingPlan.for_units(
+        ROWS, expected_batch_size=BATCH, noise_multiplier=1.0, steps=STEPS
+    )
     model = network(width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with training_run(accountant, "bench", plan, unit="row") as run:

@@ -17,6 +17,7 @@ from dp import (
     Gaussian,
     Laplace,
     NeighboringRelation,
+    NothingFits,
     PoissonSampled,
     PureDP,
     adaptive,
@@ -157,8 +158,11 @@ def plan(name: str, uses: int, ledger: Path, **event: float | None) -> None:
             f" after it {share:.1%} of the limits would be used"
         )
         if with_noise is not None:
-            noise = accountant.smallest_noise(name, with_noise, uses=uses)
-            click.echo(f"  the smallest noise multiplier for {uses} uses is {noise:.6g}")
+            try:
+                noise = accountant.smallest_noise(name, with_noise, uses=uses)
+                click.echo(f"  the smallest noise multiplier for {uses} uses is {noise:.6g}")
+            except NothingFits:
+                click.echo(f"  no noise makes {uses} uses fit")
     if uses > fit:
         raise click.exceptions.Exit(REFUSED)
 

@@ -95,7 +95,7 @@ class TrainingRun:
 
     def __init__(self, plan: TrainingPlan, reservation: Reservation) -> None:
         self.plan, self.reservation = plan, reservation
-        self._paid = False
+        self._paid = self._noised = False
         self._loader: DataLoader[Any] | None = None
         self._model: Any = None
         self._optimizer: Any = None
@@ -156,6 +156,7 @@ class TrainingRun:
             generator=torch.Generator().manual_seed(secrets.randbits(63)),
         )
         self._optimizer.attach_step_hook(self._check_step)
+        optimizer.register_step_pre_hook(self._check_update)
         return self._model, self._optimizer, self._loader
 
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -185,7 +186,7 @@ class TrainingRun:
 
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and the per-sample hooks."""
-        self._paid = False
+        self._paid = self._noised = False
         if self._optimizer is not None:
             self._optimizer._step_skip_queue.clear()  # noqa: SLF001
             self._optimizer._is_last_step_skipped = False  # noqa: SLF001
@@ -211,7 +212,16 @@ class TrainingRun:
                 "no durable mark pays for this step; take one optimizer step for each batch"
                 " that run.batches yields"
             )
-        self._paid = False
+        self._paid, self._noised = False, True
+
+    def _check_update(self, *_: object) -> None:
+        """Refuse an update of the wrapped optimizer without clipping and noise."""
+        if not self._noised:
+            raise UnmarkedStep(
+                "the optimizer that was passed to make_private was stepped itself, with raw"
+                " gradients; step the one that make_private returned"
+            )
+        self._noised = False
 
 
 class PoissonSampler(Sampler[list[int]]):

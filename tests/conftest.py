@@ -77,12 +77,8 @@ def _digest(location: Path) -> str:
 
 
 def _totals(location: Path, budget: str) -> tuple[int, ...]:
-    ((packed,),) = _query(
-        location, "SELECT totals FROM epsledger_budget WHERE name = ?", budget
-    )
-    return tuple(
-        int.from_bytes(packed[at : at + 16], "little") for at in range(0, len(packed), 16)
-    )
+    ((packed,),) = _query(location, "SELECT totals FROM epsledger_budget WHERE name = ?", budget)
+    return tuple(int.from_bytes(packed[at : at + 16], "little") for at in range(0, len(packed), 16))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ makes a commit survive a power cut.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError, SQLAlchemyError
 
 from accountant.budgets import Budget
 from accountant.errors import (
@@ -99,6 +100,7 @@ class SqlStore:
 
     def __init__(self, location: str | Path) -> None:
         self.url = _url(location)
+        self._process = os.getpid()
         self.engine = create_engine(self.url)
         event.listen(self.engine, "connect", _configure)
         event.listen(self.engine, "begin", _begin)
@@ -155,8 +157,16 @@ class SqlStore:
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Read one consistent state; writers are not held up."""
+        self.check_process()
         with _translated(self.url), self.engine.connect() as connection, connection.begin():
             yield Snapshot(connection)
+
+    def check_process(self) -> None:
+        """Raise in a forked child: it must not use the parent's connections, nor its locks."""
+        if os.getpid() != self._process:
+            raise LedgerUnavailable(
+                "this ledger was opened before a fork; open it again in the child process"
+            )
 
     def close(self) -> None:
         """Close every connection. A later call opens new ones."""
@@ -447,8 +457,11 @@ def _state(book: Book) -> dict[str, Any]:
 
 def _url(location: str | Path) -> URL:
     if isinstance(location, str) and "://" in location:
-        url = make_url(location)
-        if url.get_backend_name() != "sqlite":
+        try:
+            url = make_url(location)
+        except ArgumentError as error:
+            raise LedgerUnavailable(f"{location!r} is neither a path nor a URL") from error
+        if url.drivername not in ("sqlite", "sqlite+pysqlite"):
             raise LedgerUnavailable(f"{url.render_as_string()}: only sqlite:/// ledgers so far")
     else:
         url = URL.create("sqlite", database=str(location))

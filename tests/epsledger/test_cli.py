@@ -50,7 +50,9 @@ def test_create_list_show(news, ledger):
 
 
 def test_pure_budget(call):
-    told = call("budget", "create", "p", "--epsilon", "1", "--unit", "patient", "--relation", "replace_one")
+    told = call(
+        "budget", "create", "p", "--epsilon", "1", "--unit", "patient", "--relation", "replace_one"
+    )
     assert "(1, 0)-DP per patient under replace_one" in told
 
 
@@ -102,12 +104,32 @@ def test_report(news, ledger, tmp_path):
         (["budget", "create", "news", "--epsilon", "1", "--unit", "a"], 1, "exists"),
         (["budget", "create", "x", "--epsilon", "nan", "--unit", "a"], 1, "epsilon must be"),
         (["budget", "create", "x y", "--epsilon", "1", "--unit", "a"], 1, "budget name"),
-        (["budget", "create", "x", "--epsilon", "1", "--delta", "0.01", "--units", "100", "--unit", "a"], 1, "below 1/units"),
+        (
+            [
+                "budget",
+                "create",
+                "x",
+                "--epsilon",
+                "1",
+                "--delta",
+                "0.01",
+                "--units",
+                "100",
+                "--unit",
+                "a",
+            ],
+            1,
+            "below 1/units",
+        ),
         (["budget", "show", "nope"], 1, "no budget 'nope'"),
         (["plan", "news"], 2, "exactly one of"),
         (["plan", "news", "--gaussian", "1", "--laplace", "1"], 2, "exactly one of"),
         (["plan", "news", "--gaussian", "-1"], 1, "noise_multiplier must be"),
-        (["plan", "news", "--gaussian", "1", "--sampling-probability", "1.5"], 1, "sampling_probability must be"),
+        (
+            ["plan", "news", "--gaussian", "1", "--sampling-probability", "1.5"],
+            1,
+            "sampling_probability must be",
+        ),
         (["report", "nope"], 1, "no budget 'nope'"),
         (["ledger", "verify", "--ledger", "missing/ledger.db"], 1, "no ledger at"),
     ],

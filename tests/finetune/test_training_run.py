@@ -152,6 +152,18 @@ def test_a_second_step_on_one_batch_changes_no_weight(accountant, rows):
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_a_step_of_the_unwrapped_optimizer_changes_no_weight(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        theirs, original, rows_loader = parts(rows)
+        model, _, loader = run.make_private(theirs, original, rows_loader)
+        batch = next(iter(run.batches(loader)))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(UnmarkedStep, match="raw gradients"):
+            original.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_step_after_the_run_is_refused(accountant, rows):
     with training_run(accountant, "b", plan(steps=1), unit="row") as run:
         model, optimizer, loader = run.make_private(*parts(rows))
@@ -168,7 +180,8 @@ def test_a_step_after_the_run_is_refused(accountant, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("noise_multiplier", 0.1), ("max_grad_norm", 9.0), ("expected_batch_size", 1)]
+    ("name", "value"),
+    [("noise_multiplier", 0.1), ("max_grad_norm", 9.0), ("expected_batch_size", 1)],
 )
 def test_a_changed_optimizer_changes_no_weight(accountant, rows, name, value):
     with training_run(accountant, "b", plan(), unit="row") as run:

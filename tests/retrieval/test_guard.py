@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from accountant import Accountant, BudgetExceeded, KeyReused, ReleaseUnknown, UnitMismatch, UnknownBudget
+from accountant import (
+    Accountant,
+    BudgetExceeded,
+    KeyReused,
+    ReleaseUnknown,
+    UnitMismatch,
+    UnknownBudget,
+)
 from dp import Gaussian, InvalidParameter, adaptive
 from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
 
@@ -119,7 +126,8 @@ def test_a_key_returns_the_same_answer_uncharged(accountant, index, guard):
 
 
 @pytest.mark.parametrize(
-    "change", [{"threshold": 0.4}, {"noise_multiplier": 21.0}, {"query": np.roll([1.0] + [0] * 15, 3)}]
+    "change",
+    [{"threshold": 0.4}, {"noise_multiplier": 21.0}, {"query": np.roll([1.0] + [0] * 15, 3)}],
 )
 def test_a_key_with_another_question_is_an_error(guard, index, change):
     asked = {"query": QUERY, "threshold": 0.3, "noise_multiplier": 20.0, "key": "q-1"}
