@@ -24,6 +24,7 @@ from dp import (
     pure,
 )
 from epsledger.errors import CONTRADICTION, REFUSED, told
+from reports import write_report
 
 _LEDGER = click.option(
     "--ledger",
@@ -228,13 +229,8 @@ def verify(ledger: Path) -> None:
 @_LEDGER
 def report(name: str, out: Path, ledger: Path) -> None:
     """Write the compliance report of a budget: HTML, JSON and plots."""
-    from reports import ReportError, write_report
-
     with told(), _existing(ledger) as accountant:
-        try:
-            written = write_report(accountant.statement(name), accountant.verify(), out)
-        except ReportError as error:
-            raise click.ClickException(str(error)) from error
+        written = write_report(accountant.statement(name), accountant.verify(), out)
     for path in written.values():
         click.echo(path)
 

@@ -18,6 +18,7 @@ import click
 
 from accountant import AccountantError, BudgetExceeded
 from dp import DPError
+from reports import ReportError
 
 REFUSED = 3
 CONTRADICTION = 4
@@ -34,5 +35,5 @@ def told() -> Iterator[None]:
         yield
     except BudgetExceeded as error:
         raise _Refused(str(error)) from error
-    except (AccountantError, DPError, ImportError) as error:
+    except (AccountantError, DPError, ReportError, ImportError) as error:
         raise click.ClickException(str(error)) from error

@@ -169,7 +169,9 @@ class SqlStore:
             )
 
     def close(self) -> None:
-        """Close every connection. A later call opens new ones."""
+        """Close every connection; in a forked child, touch none of the parent's."""
+        if os.getpid() != self._process:
+            return
         if self._connection is not None:
             self._connection.close()
             self._connection = None

@@ -1,0 +1,196 @@
+"""The report's content as one JSON-able document; the page and the plots only show it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from accountant import Statement, Verification
+from accountant.entries import Kind
+from accountant.statements import Line
+
+SCHEMA = "epsledger-report-1"
+_BURN_DOWN_POINTS = 500
+_OPERATIONS = 200
+
+NOT_COVERED = (
+    "Anything that was not charged to this budget, before this ledger began or past it.",
+    (
+        "Un-noised values that leave by other ways: training loss, gradient norms, logs, evaluation on"
+        " private data, checkpoints or hyper-parameters chosen by it."
+    ),
+    (
+        "Operations that did not do what their event says: another sensitivity, batches that were not"
+        " fresh secret Poisson samples, noise that was reused. An event charged by hand is taken at"
+        " its word."
+    ),
+    (
+        "Several privacy units that belong to one person: k of them are protected by k times epsilon"
+        " and a larger delta (group privacy)."
+    ),
+    (
+        "What the pretrained model, the embedding model and the tokenizer were made from; they are"
+        " taken as public."
+    ),
+    "Floating-point effects in the noise, and the time that an answer takes.",
+    "Whoever can read the raw data, or the memory and disk of the hosts that process it.",
+)
+
+
+def document(statement: Statement, verification: Verification, *, now: datetime) -> dict[str, Any]:
+    """Return everything that a report says about one budget.
+
+    Args:
+        statement: The budget.
+        verification: What verify found in its ledger.
+        now: When the report is made, with a time zone.
+
+    Returns:
+        A JSON-able object of the schema ``reports/schema/report-1.json``; no NaN or infinity.
+    """
+    budget, limits = statement.budget, statement.budget.filter
+    checked = next((found for found in verification.budgets if found.budget == budget.name), None)
+    return {
+        "schema": SCHEMA,
+        "generated": _time(now),
+        "epsledger": version("epsledger"),
+        "budget": {
+            "name": budget.name,
+            "unit": budget.unit,
+            "units": budget.units,
+            "relation": limits.relation.value,
+            "epsilon": limits.epsilon,
+            "delta": limits.delta,
+            "accounting": f"{limits.accounting} {limits.version}",
+        },
+        "guarantee": _guarantee(statement),
+        "not_covered": list(NOT_COVERED),
+        "ledger": {
+            "entries": statement.seq,
+            "head": statement.head,
+            "first": _stamp(statement.lines[0]) if statement.lines else None,
+            "last": _stamp(statement.lines[-1]) if statement.lines else None,
+        },
+        "verification": {
+            "clean": verification.clean,
+            "same_state": checked is not None and checked.head == statement.head,
+            "entries": checked.entries if checked else 0,
+            "problems": _problems(verification),
+            "rollback": verification.rollback,
+        },
+        "spend": {
+            "share": statement.share,
+            "activities": [
+                {"name": a.name, "uses": a.uses, "share": a.share, "refused": a.refused}
+                for a in statement.activities
+            ],
+            "open_reservations": [
+                {"seq": seq, "uses": uses, "marked": marked}
+                for seq, uses, marked in statement.open_reservations
+            ],
+            "if_fixed_in_advance": {
+                "label": "if the operations had been fixed in advance",
+                "epsilon": statement.epsilon_if_fixed,
+                "delta": limits.delta,
+            },
+        },
+        "events": _events(statement),
+        "refusals": _refusals(statement),
+        "burn_down": _burn_down(statement),
+        "operations": [_operation(line) for line in statement.lines[-_OPERATIONS:]],
+    }
+
+
+def _guarantee(statement: Statement) -> str:
+    budget, limits = statement.budget, statement.budget.filter
+    neighbors = {
+        "add_remove": f"adding or removing one {budget.unit}",
+        "replace_one": f"replacing one {budget.unit} by another",
+    }[limits.relation.value]
+    return (
+        f"The outputs of all operations charged to the budget '{budget.name}', for its whole life,"
+        f" are together ({limits.epsilon:g}, {limits.delta:g})-differentially private under"
+        f" {neighbors}, however each operation was chosen from the outputs before it. Enforced by a"
+        f" privacy filter ({limits.accounting} accounting, version {limits.version}); every"
+        " operation was in the ledger before it touched private data."
+    )
+
+
+def _problems(verification: Verification) -> list[str]:
+    found = [
+        f"{checked.budget}: {problem}"
+        for checked in verification.budgets
+        for problem in checked.problems
+    ]
+    return found + [
+        f"rows of a budget that does not exist: {name!r}" for name in verification.strays
+    ]
+
+
+def _events(statement: Statement) -> list[dict[str, Any]]:
+    """Return how often each event was paid for; returned uses of a reservation are taken off."""
+    uses: Counter[tuple[str, str]] = Counter()
+    for line in statement.lines:
+        entry, key = line.entry, (repr(line.event), line.entry.activity)
+        if entry.kind in (Kind.CHARGE, Kind.RESERVE):
+            uses[key] += entry.uses
+        elif entry.kind in (Kind.SETTLE, Kind.VOID):
+            opened = statement.lines[entry.reservation - 1]
+            uses[repr(opened.event), opened.entry.activity] -= opened.entry.uses - entry.uses
+    return [
+        {"event": event, "activity": activity, "uses": count}
+        for (event, activity), count in sorted(uses.items())
+    ]
+
+
+def _refusals(statement: Statement) -> dict[str, Any]:
+    lines = [line for line in statement.lines if line.entry.kind is Kind.REFUSE]
+    return {
+        "total": statement.refused,
+        "first": _time(_when(min(line.entry.first for line in lines))) if lines else None,
+        "last": _stamp(lines[-1]) if lines else None,
+    }
+
+
+def _burn_down(statement: Statement) -> list[dict[str, Any]]:
+    lines = statement.lines
+    step = len(lines) // _BURN_DOWN_POINTS + 1
+    kept = [lines[at] for at in sorted({*range(0, len(lines), step), len(lines) - 1})]
+    return [
+        {
+            "time": _stamp(line),
+            "seq": line.entry.seq,
+            "share": line.share,
+            "refusal": line.entry.kind is Kind.REFUSE,
+        }
+        for line in kept
+    ]
+
+
+def _operation(line: Line) -> dict[str, Any]:
+    entry = line.entry
+    return {
+        "seq": entry.seq,
+        "time": _stamp(line),
+        "kind": entry.kind.name.lower(),
+        "times": entry.times,
+        "uses": entry.uses,
+        "event": repr(line.event) if line.event else "",
+        "activity": entry.activity,
+        "note": entry.note,
+        "share": line.share,
+    }
+
+
+def _stamp(line: Line) -> str:
+    return _time(_when(line.entry.time))
+
+
+def _when(microseconds: int) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1e6, UTC)
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,162 @@
+"""Reports of real ledgers: figures, schema, escaping, tampering, and where they are written."""
+
+import json
+import re
+import sqlite3
+import struct
+from datetime import UTC, datetime
+from importlib.resources import files
+
+import jsonschema
+import pytest
+from jinja2 import Environment
+
+from accountant import Accountant, BudgetExceeded
+from dp import Gaussian, PoissonSampled, PureDP, adaptive, pure
+from reports import ReportError, document, write_report
+
+SCHEMA = json.loads((files("reports") / "schema" / "report-1.json").read_text())
+STEP = PoissonSampled(0.01, Gaussian(1.0))
+
+
+@pytest.fixture
+def accountant(tmp_path):
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        accountant.create_budget("news", adaptive(3.0, 1e-6), unit="article", units=1000)
+        yield accountant
+
+
+@pytest.fixture
+def spent(accountant):
+    with accountant.reserve("news", STEP, uses=100, unit="article", activity="training") as run:
+        run.mark(60)
+    for _ in range(5):
+        accountant.charge("news", Gaussian(50.0), unit="article", activity="vote", uses=20)
+    for _ in range(3):
+        with pytest.raises(BudgetExceeded):
+            accountant.charge("news", Gaussian(1.0), unit="article", activity="<b>bold</b>")
+    return accountant
+
+
+def content(accountant, name="news"):
+    return document(accountant.statement(name), accountant.verify(), now=datetime.now(UTC))
+
+
+def test_figures_are_those_of_the_ledger(spent):
+    report = content(spent)
+    limits = spent.budget("news").filter
+    totals = tuple(
+        60 * step + 100 * vote
+        for step, vote in zip(limits.price(STEP), limits.price(Gaussian(50.0)), strict=True)
+    )
+    assert report["spend"]["share"] == pytest.approx(limits.share(totals), rel=1e-9)
+    assert sum(a["share"] for a in report["spend"]["activities"]) == pytest.approx(
+        limits.share(totals), rel=1e-9
+    )
+    assert report["events"] == [
+        {"event": repr(Gaussian(50.0)), "activity": "vote", "uses": 100},
+        {"event": repr(STEP), "activity": "training", "uses": 60},
+    ]
+    assert report["refusals"]["total"] == 3
+    assert report["spend"]["open_reservations"] == []
+    assert report["burn_down"][-1]["share"] == report["spend"]["share"]
+    assert [row["kind"] for row in report["operations"]] == [
+        *("open", "reserve", "mark", "settle"), *["charge"] * 5, "refuse"
+    ]  # fmt: skip
+    assert report["verification"]["clean"]
+    assert report["verification"]["same_state"]
+    assert report["verification"]["rollback"] == "not checked"
+
+
+def test_the_claim_names_unit_relation_and_parameters(spent):
+    claim = content(spent)["guarantee"]
+    for words in ("(3, 1e-06)", "adding or removing one article", "for its whole life", "chosen"):
+        assert words in claim
+
+
+def test_the_document_follows_its_schema_and_the_schema_is_strict(spent):
+    report = content(spent)
+    jsonschema.validate(report, SCHEMA)
+    for broken in (report | {"more": 1}, {k: v for k, v in report.items() if k != "not_covered"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, SCHEMA)
+
+
+@pytest.mark.parametrize("limits", [pure(1.0), adaptive(0.1, 1e-9)])
+def test_an_unspent_budget(accountant, tmp_path, limits):
+    accountant.create_budget("empty", limits, unit="patient")
+    report = content(accountant, "empty")
+    jsonschema.validate(report, SCHEMA)
+    assert report["spend"]["share"] == 0
+    written = write_report(accountant.statement("empty"), accountant.verify(), tmp_path / "out")
+    assert json.loads(written["json"].read_text())["budget"]["name"] == "empty"
+
+
+def test_a_pure_budget_that_is_used_up(accountant):
+    accountant.create_budget("pure", pure(1.5), unit="patient")
+    accountant.charge("pure", PureDP(1.0), unit="patient", activity="a")
+    assert content(accountant, "pure")["spend"]["share"] == pytest.approx(1 / 1.5, rel=1e-6)
+
+
+def test_many_entries_are_thinned_but_keep_both_ends(accountant):
+    for _ in range(1200):
+        accountant.charge("news", Gaussian(1000.0), unit="article", activity="vote")
+    points = content(accountant)["burn_down"]
+    assert len(points) <= 502
+    assert (points[0]["seq"], points[-1]["seq"]) == (1, 1201)
+
+
+def test_the_page_stands_alone(spent, tmp_path):
+    written = write_report(spent.statement("news"), spent.verify(), tmp_path / "deep" / "er")
+    page = written["html"].read_text()
+    assert "<script" not in page
+    assert "http" not in page
+    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 2
+    assert "if the operations had been fixed in advance" in page
+    for words in json.loads(written["json"].read_text())["not_covered"]:
+        assert words in page
+    assert "anonymous" not in page
+    for name in ("burn-down", "activities"):
+        header = written[name].read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        assert min(struct.unpack(">II", header[16:24])) > 100
+
+
+def test_what_callers_wrote_is_escaped(spent, tmp_path):
+    page = write_report(spent.statement("news"), spent.verify(), tmp_path)["html"].read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "<b>" in Environment(autoescape=False).from_string("{{ x }}").render(x="<b>")  # noqa: S701
+
+
+def test_a_tampered_ledger_is_shouted(spent, tmp_path):
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        database.execute("DROP TRIGGER epsledger_entry_update")
+        database.execute("UPDATE epsledger_entry SET digest = zeroblob(32) WHERE seq = 5")
+    database.close()
+    page = write_report(spent.statement("news"), spent.verify(), tmp_path)["html"].read_text()
+    assert page.index("Do not rely on this report") < page.index("<h2>Guarantee")
+    assert "entry 5" in page
+
+
+def test_a_clean_ledger_is_not_shouted(spent, tmp_path):
+    page = write_report(spent.statement("news"), spent.verify(), tmp_path)["html"].read_text()
+    assert "Do not rely" not in page
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_leaves_nothing(spent, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(ReportError, match="file"):
+        write_report(spent.statement("news"), spent.verify(), blocked)
+    assert blocked.read_text() == "in the way"
+
+
+def test_an_earlier_report_is_replaced_whole(spent, tmp_path):
+    first = write_report(spent.statement("news"), spent.verify(), tmp_path / "out")
+    before = first["json"].read_text()
+    spent.charge("news", Gaussian(500.0), unit="article", activity="more")
+    again = write_report(spent.statement("news"), spent.verify(), tmp_path / "out")
+    assert again == first
+    assert again["json"].read_text() != before
+    assert len(list((tmp_path / "out").iterdir())) == 4
