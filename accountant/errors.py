@@ -23,9 +23,10 @@ Each error carries its facts as attributes; exit codes are the command's busines
 from __future__ import annotations
 
 from dp import Event, NeighboringRelation
+from dp.errors import FactualError
 
 
-class AccountantError(Exception):
+class AccountantError(FactualError):
     """Base class of every error raised by :mod:`accountant`."""
 
 

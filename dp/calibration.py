@@ -53,7 +53,7 @@ def smallest_noise(
         at_most: Largest noise multiplier to consider.
 
     Returns:
-        A noise multiplier that fits, at most 1e-6 of itself above the smallest.
+        A noise multiplier of at least 1e-9 that fits, at most 1e-6 of itself above the smallest.
 
     Raises:
         NothingFits: If not even ``at_most`` fits.
@@ -66,7 +66,7 @@ def smallest_noise(
     high = validate.positive(at_most=at_most)
     if not fits(high):
         raise NothingFits(f"{uses} uses with a noise multiplier of up to {at_most:g}")
-    low = 1e-3
+    low = min(1e-9, high)
     if fits(low):
         return low
     while high / low > 1 + 1e-6:

@@ -56,7 +56,7 @@ def decode(encoded: bytes) -> Event:
         event = _from_json(json.loads(encoded))
         if encode(event) != encoded:
             raise MalformedEvent("not in canonical form")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, MalformedEvent):
             raise
         raise MalformedEvent(str(error)) from error

@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, log_ndtr, ndtri
 
 from dp import validate
+from dp.errors import InvalidParameter
 
 
 def renyi_to_epsilon(order: int, divergence: float, delta: float) -> float:
@@ -57,21 +58,25 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """Return the largest mu for which mu-GDP is (epsilon, delta)-DP, less 1e-10 of it.
+    """Return the largest mu for which mu-GDP is (epsilon, delta)-DP, less 1e-8 of it.
 
     >>> mu = gaussian_mu(1.0, 1e-6)
-    >>> gaussian_delta(1.0, mu) <= 1e-6 < gaussian_delta(1.0, mu * (1 + 1e-8))
+    >>> gaussian_delta(1.0, mu) <= 1e-6 < gaussian_delta(1.0, mu * (1 + 1e-7))
     True
     """
     epsilon, delta = validate.epsilon(epsilon=epsilon), validate.positive(delta=delta)
+    if not delta < 1:
+        raise InvalidParameter("delta", delta, "below 1")
     high = 1.0
     while gaussian_delta(epsilon, high) < delta:
         high *= 2
     low = high
     while gaussian_delta(epsilon, low) > delta:
         low /= 2
-    root: float = brentq(lambda mu: gaussian_delta(epsilon, mu) - delta, low, high, rtol=1e-13)
-    return root * (1 - 1e-10)
+    mu: float = brentq(
+        lambda mu: gaussian_delta(epsilon, mu) - delta, low, high, xtol=low * 1e-13, rtol=1e-13
+    )
+    return mu * (1 - 1e-8)
 
 
 def pure_mu(epsilon: float) -> float:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterable
 
 from dp.conversions import pure_mu
 from dp.errors import UnsupportedEvent
@@ -74,7 +75,9 @@ def renyi(event: Atomic, order: int) -> float:
             joint = _joint_sigma(inner)
             if joint is not None:
                 return _sampled_gaussian_renyi(q, joint, order)
-            return _randomized_response_renyi(pure_epsilon(event), order)
+            # Sampling never hurts: the divergence is jointly quasi-convex.
+            unsampled = summed(lambda part: renyi(part, order), inner)
+            return min(unsampled, _randomized_response_renyi(pure_epsilon(event), order))
         case NonPrivate():
             return math.inf
 
@@ -103,12 +106,27 @@ def pure_epsilon(event: Atomic) -> float:
         case PureDP(epsilon):
             return epsilon
         case PoissonSampled(q, inner):
-            epsilon = _joint_epsilon(inner)
+            epsilon = summed(pure_epsilon, inner)
             if epsilon == math.inf:
                 return math.inf
             return math.log1p(q * math.expm1(epsilon)) if epsilon < 700 else epsilon
         case Gaussian() | NonPrivate():
             return math.inf
+
+
+def summed(formula: Callable[[Atomic], float], event: Event) -> float:
+    """Add a formula up over the atomic parts of an event.
+
+    >>> summed(pure_epsilon, Repeated(PureDP(0.5), 3))
+    1.5
+    """
+    match event:
+        case Repeated(inner, uses):
+            return uses * summed(formula, inner)
+        case Composed(events):
+            return _fsum(summed(formula, inner) for inner in events)
+        case _:
+            return formula(event)
 
 
 def check_supported(event: Event, relation: NeighboringRelation) -> None:
@@ -117,9 +135,11 @@ def check_supported(event: Event, relation: NeighboringRelation) -> None:
     Raises:
         UnsupportedEvent: Naming the innermost offending part.
 
-    >>> check_supported(PoissonSampled(0.1, Gaussian(1.0)), NeighboringRelation.REPLACE_ONE)
+    >>> check_supported(
+    ...     PoissonSampled(0.1, Gaussian(1.0)), NeighboringRelation.REPLACE_ONE
+    ... )  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    dp.errors.UnsupportedEvent: PoissonSampled(...) cannot be priced: ...
+    dp.errors.UnsupportedEvent: ... proved for add_remove only; use a budget with that relation
     """
     match event:
         case Repeated(inner, _):
@@ -135,7 +155,7 @@ def check_supported(event: Event, relation: NeighboringRelation) -> None:
                     "amplification by Poisson sampling is proved for add_remove only;"
                     " use a budget with that relation",
                 )
-            if _joint_sigma(inner) is None and _joint_epsilon(inner) == math.inf:
+            if _joint_sigma(inner) is None and summed(pure_epsilon, inner) == math.inf:
                 raise UnsupportedEvent(
                     event,
                     "a Poisson sample is priced under Gaussians only, or under pure-DP events only",
@@ -146,12 +166,13 @@ def _joint_sigma(event: Event) -> float | None:
     """Return the noise multiplier of one Gaussian equal to the event, if there is one.
 
     Gaussians of noise multipliers s_i released together are one Gaussian with
-    1/s^2 = sum of 1/s_i^2. Rounded down, so that the price is rounded up.
+    1/s^2 = sum of 1/s_i^2. Rounded down, so that the price is rounded up, and kept in a range
+    in which squares are normal numbers.
     """
     precision = _gaussian_precision(event)
     if precision is None:
         return None
-    return 1 / math.sqrt(max(precision, sys.float_info.min)) * (1 - 1e-15)
+    return 1 / math.sqrt(min(max(precision, sys.float_info.min), sys.float_info.max)) * (1 - 1e-15)
 
 
 def _gaussian_precision(event: Event) -> float | None:
@@ -163,29 +184,28 @@ def _gaussian_precision(event: Event) -> float | None:
             return None if precision is None else uses * precision
         case Composed(events):
             precisions = [_gaussian_precision(inner) for inner in events]
-            return None if None in precisions else math.fsum(p for p in precisions if p is not None)
+            return None if None in precisions else _fsum(p for p in precisions if p is not None)
         case _:
             return None
 
 
-def _joint_epsilon(event: Event) -> float:
-    match event:
-        case Repeated(inner, uses):
-            return uses * _joint_epsilon(inner)
-        case Composed(events):
-            return math.fsum(_joint_epsilon(inner) for inner in events)
-        case _:
-            return pure_epsilon(event)
+def _fsum(values: Iterable[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 def _laplace_renyi(epsilon: float, order: int) -> float:
-    # Mironov 2017, Proposition 6, with 1 taken out of both exponentials: no cancellation of ones.
+    # Mironov 2017, Proposition 6. For small losses as a power series: its first two terms cancel,
+    # and they are left out.
     a = order
     if a * epsilon < 1:
-        excess = (a * math.expm1((a - 1) * epsilon) + (a - 1) * math.expm1(-a * epsilon)) / (
-            2 * a - 1
+        excess = math.fsum(
+            epsilon**k / math.factorial(k) * ((a - 1) ** (k - 1) + (-1) ** k * a ** (k - 1))
+            for k in range(2, 26)
         )
-        return math.log1p(excess) / (a - 1)
+        return math.log1p(a * (a - 1) / (2 * a - 1) * excess) / (a - 1)
     grown = math.log(a / (2 * a - 1)) + (a - 1) * epsilon
     shrunk = math.log((a - 1) / (2 * a - 1)) - a * epsilon
     return (grown + math.log1p(math.exp(shrunk - grown))) / (a - 1)
@@ -204,20 +224,14 @@ def _randomized_response_renyi(epsilon: float, order: int) -> float:
 def _sampled_gaussian_renyi(q: float, sigma: float, order: int) -> float:
     # The binomial weights sum to 1 and the terms k = 0, 1 have exponent 0, so the moment is
     # 1 + sum_{k >= 2} weight_k * (exp(k (k - 1) / (2 sigma^2)) - 1): all terms positive.
-    if sigma == 0.0:
-        return math.inf
     logs = []
     for k in range(2, order + 1):
         exponent = k * (k - 1) / 2 / sigma / sigma
         if exponent == math.inf:
             return math.inf
-        if exponent == 0.0:
-            continue
         growth = exponent + math.log(-math.expm1(-exponent))
         rest = (order - k) * math.log1p(-q) if k < order else 0.0
         logs.append(math.log(math.comb(order, k)) + rest + k * math.log(q) + growth)
-    if not logs:
-        return 0.0
     top = max(logs)
     log_excess = top + math.log(math.fsum(math.exp(term - top) for term in logs))
     if log_excess > 0:

@@ -13,8 +13,25 @@ Each error carries its facts as attributes and says what to do about it.
 
 from __future__ import annotations
 
+from typing import Any
 
-class DPError(Exception):
+
+class FactualError(Exception):
+    """An exception that keeps its attributes when it is pickled, between processes for instance."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[FactualError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> FactualError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
+
+
+class DPError(FactualError):
     """Base class of every error raised by :mod:`dp`."""
 
 

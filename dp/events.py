@@ -122,9 +122,9 @@ class Composed:
     events: tuple[Event, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.events, tuple | list) or not self.events:
+            raise InvalidParameter("events", self.events, "a tuple of at least one event")
         _set(self, events=tuple(self.events))
-        if not self.events:
-            raise InvalidParameter("events", self.events, "at least one event")
         _check_depth(self)
 
 
@@ -168,14 +168,18 @@ def _parts(event: Event) -> dict[Event, int]:
             return total
         case PoissonSampled(q, inner):
             return _parts(inner) if q == 1.0 else {PoissonSampled(q, canonical(inner)): 1}
-        case _:
+        case Gaussian() | Laplace() | PureDP() | NonPrivate():
             return {event: 1}
+    raise InvalidParameter("event", event, "an event of dp.events")
 
 
 def _depth(event: Event) -> int:
+    # One Repeated around anything is free, so that canonical forms are never deeper.
     match event:
-        case Repeated(inner, _) | PoissonSampled(_, inner):
+        case Repeated(Repeated() as inner, _) | PoissonSampled(_, inner):
             return 1 + _depth(inner)
+        case Repeated(inner, _):
+            return _depth(inner)
         case Composed(events):
             return 1 + max(_depth(inner) for inner in events)
         case Gaussian() | Laplace() | PureDP() | NonPrivate():

@@ -52,6 +52,10 @@ ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 _SCALE_BITS, _DELTA_BITS, _SLACK = 40, 62, 1e-9
 _DELTA_OPS = 0.01
 _DELTA, _EPSILON, _MU_SQUARED = "delta", "epsilon", "mu_squared"
+_LANES = {
+    "pure": (_EPSILON,),
+    "adaptive": (_DELTA, _EPSILON, _MU_SQUARED, *map(str, ORDERS)),
+}
 _TYPICAL_TRAINING = PoissonSampled(0.01, Gaussian(1.0))
 
 
@@ -70,7 +74,7 @@ class Filter:
         limits: One integer for each lane; negative where the lane can admit nothing.
 
     >>> budget = pure(1.0)
-    >>> budget.price(Repeated(Gaussian(1.0), 2)) == (2 * NEVER,)
+    >>> budget.price(Repeated(Gaussian(1.0), 2)) == (NEVER,)
     True
     """
 
@@ -84,13 +88,14 @@ class Filter:
     limits: tuple[int, ...]
 
     def price(self, event: Event) -> Price:
-        """Return what one use of the event costs, one integer for each lane.
+        """Return what one use of the event costs: one integer for each lane, at most NEVER.
 
         Raises:
             UnsupportedEvent: If no price is proved under this budget's relation.
         """
+        event = canonical(event)
         costs.check_supported(event, self.relation)
-        return self._price(canonical(event))
+        return tuple(min(cost, NEVER) for cost in self._price(event))
 
     def _price(self, event: Event) -> Price:
         match event:
@@ -195,9 +200,8 @@ class Filter:
             _room(total, cost, limit)
             for total, cost, limit in zip(totals, price, self.limits, strict=True)
         ]
-        if self.lanes[0] == _DELTA:
-            return min(rooms[0], max(rooms[1:]))
-        return min(rooms)
+        room = min(rooms[0], max(rooms[1:])) if self.lanes[0] == _DELTA else min(rooms)
+        return min(room, validate.MAX_COUNT)
 
     def share(self, totals: Price) -> float:
         """Return the used share of the limits, from 0 to 1: for reading, it decides nothing.
@@ -234,18 +238,36 @@ class Filter:
             InvalidParameter: If this version of epsledger cannot price by it.
         """
         known = (record.get("accounting"), record.get("version"))
-        if known not in {("pure", 1), ("adaptive", 1)}:
+        if known not in (("pure", 1), ("adaptive", 1)):
             raise InvalidParameter("accounting", known, "pure 1 or adaptive 1; upgrade epsledger")
-        return cls(
-            accounting=record["accounting"],
-            version=record["version"],
-            epsilon=float(record["epsilon"]),
-            delta=float(record["delta"]),
-            relation=NeighboringRelation(record["relation"]),
-            lanes=tuple(record["lanes"]),
-            weights=tuple(map(float, record["weights"])),
-            limits=tuple(map(int, record["limits"])),
-        )
+        try:
+            stored = cls(
+                accounting=record["accounting"],
+                version=record["version"],
+                epsilon=validate.epsilon(epsilon=record["epsilon"]),
+                delta=float(record["delta"]),
+                relation=NeighboringRelation(record["relation"]),
+                lanes=tuple(record["lanes"]),
+                weights=tuple(map(float, record["weights"])),
+                limits=tuple(int(str(limit)) for limit in record["limits"]),
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise InvalidParameter("record", record, f"a filter's record ({error})") from error
+        stored._check_shape()
+        return stored
+
+    def _check_shape(self) -> None:
+        if self.accounting == "adaptive":
+            validate.delta(delta=self.delta)
+        elif self.delta != 0:
+            raise InvalidParameter("delta", self.delta, "0 under pure accounting")
+        if self.lanes != _LANES[self.accounting]:
+            raise InvalidParameter("lanes", self.lanes, f"those of {self.accounting} accounting 1")
+        shared = [lane not in (_DELTA, _EPSILON) for lane in self.lanes]
+        if [weight > 0 for weight in self.weights] != shared or math.fsum(self.weights) > 1:
+            raise InvalidParameter("weights", self.weights, "shares of delta, at most 1 in all")
+        if len(self.limits) != len(self.lanes):
+            raise InvalidParameter("limits", self.limits, "one for each lane")
 
 
 def pure(
@@ -283,6 +305,7 @@ def adaptive(
     """
     epsilon, delta = validate.epsilon(epsilon=epsilon), validate.delta(delta=delta)
     if expect is not None:
+        expect = canonical(expect)
         costs.check_supported(expect, relation)
     weights = _witness_weights(epsilon, delta, expect)
     return _with_limits(
@@ -296,8 +319,6 @@ def limits_hold(filter: Filter) -> bool:
     Compared with a relative tolerance of 1e-9 for the mathematics library of another host, which
     is inside the rounding that prices and limits already carry.
     """
-    if math.fsum(filter.weights) > 1 or min(filter.weights) < 0:
-        return False
     weights = dict(zip(filter.lanes, filter.weights, strict=True))
     own = _with_limits(
         filter.accounting, filter.epsilon, filter.delta, filter.relation, weights
@@ -344,7 +365,7 @@ def _witness_weights(epsilon: float, delta: float, expect: Event | None) -> dict
     delta_conv = delta - _DELTA_OPS * delta
     if expect is None:
         focus = {_MU_SQUARED: 0.3, _best_order(epsilon, 0.59 * delta_conv, _TYPICAL_TRAINING): 0.59}
-    elif _summed(costs.mu_squared, expect) < math.inf:
+    elif costs.summed(costs.mu_squared, expect) < math.inf:
         focus = {_MU_SQUARED: 0.8}
     else:
         focus = {_best_order(epsilon, 0.9 * delta_conv, expect): 0.9}
@@ -358,26 +379,21 @@ def _best_order(epsilon: float, delta: float, event: Event) -> str:
 
     def uses(order: int) -> float:
         limit = renyi_limit(order, epsilon, delta)
-        return limit / _summed(lambda part: costs.renyi(part, order), event) if limit > 0 else limit
+        return (
+            limit / costs.summed(lambda part: costs.renyi(part, order), event)
+            if limit > 0
+            else limit
+        )
 
     return str(max(ORDERS, key=uses))
-
-
-def _summed(formula: Callable[[costs.Atomic], float], event: Event) -> float:
-    match event:
-        case Repeated(inner, uses):
-            return uses * _summed(formula, inner)
-        case Composed(events):
-            return math.fsum(_summed(formula, inner) for inner in events)
-        case _:
-            return formula(event)
 
 
 def _rounded_up(value: float, bits: int) -> int:
     if not 0 <= value < math.inf:
         return NEVER
-    scaled = math.ldexp(value, bits) * (1 + _SLACK)
-    return min(math.ceil(scaled) + 1, NEVER) if scaled < NEVER else NEVER
+    if value >= math.ldexp(NEVER, -bits) / 2:
+        return NEVER
+    return math.ceil(math.ldexp(value, bits) * (1 + _SLACK)) + 1
 
 
 def _rounded_down(value: float, bits: int) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from dp import validate
+from dp.errors import InvalidParameter
 
 
 def gaussian(size: int, standard_deviation: float) -> NDArray[np.float64]:
@@ -31,6 +32,8 @@ def gaussian(size: int, standard_deviation: float) -> NDArray[np.float64]:
     (3,)
     """
     standard_deviation = validate.positive(standard_deviation=standard_deviation)
+    if standard_deviation > 1e300:
+        raise InvalidParameter("standard_deviation", standard_deviation, "at most 1e300")
     bits = np.frombuffer(os.urandom(8 * validate.count(size=size)), dtype="<u8")
     tail = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
     sign = np.where(bits & np.uint64(1), 1.0, -1.0)

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+from dp.errors import FactualError
 
-class FinetuneError(Exception):
+
+class FinetuneError(FactualError):
     """Base class of every error raised by :mod:`finetune`."""
 
 

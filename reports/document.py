@@ -18,17 +18,17 @@ _OPERATIONS = 200
 NOT_COVERED = (
     "Anything that was not charged to this budget, before this ledger began or past it.",
     (
-        "Un-noised values that leave by other ways: training loss, gradient norms, logs, evaluation on"
-        " private data, checkpoints or hyper-parameters chosen by it."
+        "Un-noised values that leave by other ways: training loss, gradient norms, logs,"
+        " evaluation on private data, checkpoints or hyper-parameters chosen by it."
     ),
     (
-        "Operations that did not do what their event says: another sensitivity, batches that were not"
-        " fresh secret Poisson samples, noise that was reused. An event charged by hand is taken at"
-        " its word."
+        "Operations that did not do what their event says: another sensitivity, batches that were"
+        " not fresh secret Poisson samples, noise that was reused. An event charged by hand is"
+        " taken at its word."
     ),
     (
-        "Several privacy units that belong to one person: k of them are protected by k times epsilon"
-        " and a larger delta (group privacy)."
+        "Several privacy units that belong to one person: k of them are protected by k times"
+        " epsilon and a larger delta (group privacy)."
     ),
     (
         "What the pretrained model, the embedding model and the tokenizer were made from; they are"

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from dp.errors import FactualError
 
-class ReportError(Exception):
+
+class ReportError(FactualError):
     """A report cannot be made or written; what was there before is untouched."""

@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+from dp.errors import FactualError
 
-class RetrievalError(Exception):
+
+class RetrievalError(FactualError):
     """Base class of every error raised by :mod:`retrieval`."""
 
 

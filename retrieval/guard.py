@@ -19,6 +19,8 @@ from dp import Gaussian, sampling
 from retrieval.errors import InvalidQuery
 from retrieval.index import PrivateIndex, checked_query
 
+_MOST_NOISE = 1e15  # counts are released as 64-bit integers
+
 
 @dataclass(frozen=True, slots=True)
 class Vote:
@@ -87,6 +89,8 @@ class RetrievalGuard:
         if not -1.0 <= threshold <= 1.0:
             raise InvalidQuery(f"threshold must be a cosine in [-1, 1], got {threshold!r}")
         event = Gaussian(noise_multiplier)
+        if event.noise_multiplier > _MOST_NOISE:
+            raise InvalidQuery(f"noise_multiplier must be at most {_MOST_NOISE:g} votes")
         receipt = self._accountant.charge(
             self._budget,
             event,

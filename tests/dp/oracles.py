@@ -86,18 +86,14 @@ def gaussian_both_ways(sigma: object, order: int) -> mpf:
     sigma = mpf(sigma)
     bounds = {"low": -order - 14 * sigma, "high": order + 14 * sigma, "step": sigma / 2}
     zero, one = normal_log(0, sigma), normal_log(1, sigma)
-    return max(
-        density_renyi(one, zero, order, **bounds), density_renyi(zero, one, order, **bounds)
-    )
+    return max(density_renyi(one, zero, order, **bounds), density_renyi(zero, one, order, **bounds))
 
 
 def sampled_gaussian_both_ways(q: object, sigma: object, order: int) -> tuple[mpf, mpf]:
     """Both directions. The integrand's singularities lie pi sigma^2 off the line: see the step."""
     q, sigma = mpf(q), mpf(sigma)
     mixed, base = mixture_log(q, sigma), normal_log(0, sigma)
-    up = density_renyi(
-        mixed, base, order, low=-14 * sigma, high=order + 14 * sigma, step=sigma / 2
-    )
+    up = density_renyi(mixed, base, order, low=-14 * sigma, high=order + 14 * sigma, step=sigma / 2)
     down = density_renyi(
         base,
         mixed,

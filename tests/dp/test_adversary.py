@@ -67,6 +67,12 @@ def binned_gaussian(sigma: float) -> Mechanism:
     return Mechanism(tuple(one), tuple(zero), 1 / sigma**2)
 
 
+def cut_gaussian(mu: float, loss: float) -> Mechanism:
+    """Whether a mu-GDP Gaussian's privacy loss passes a threshold: two outcomes, still mu-GDP."""
+    p, q = (max(float(norm.cdf(side * mu / 2 - loss / mu)), 1e-300) for side in (1, -1))
+    return Mechanism((p, 1 - p), (q, 1 - q), mu**2)
+
+
 CATALOGUE = [
     *map(response, (0.05, 0.3, 1.0, 2.0)),
     *(jump(p, z) for p, z in ((1e-3, 3.0), (0.02, 2.0), (1e-4, 6.0))),
@@ -114,7 +120,12 @@ def added(totals: Totals, price: Totals) -> Totals:
     return tuple(a + b for a, b in zip(totals, price, strict=True))
 
 
-def largest(build: Callable[[float], Mechanism], fits: Callable[[Mechanism], bool], low: float, high: float) -> Iterator[Mechanism]:
+def largest(
+    build: Callable[[float], Mechanism],
+    fits: Callable[[Mechanism], bool],
+    low: float,
+    high: float,
+) -> Iterator[Mechanism]:
     """The largest parameter that fits, on a logarithmic scale; nothing if none does."""
     if not fits(build(low)):
         return
@@ -125,7 +136,7 @@ def largest(build: Callable[[float], Mechanism], fits: Callable[[Mechanism], boo
 
 
 def tuned(rule: Rule, totals: Totals, epsilon: float) -> list[Mechanism]:
-    """For a last step: the largest jump of several losses, and the largest response."""
+    """For a last step: the largest jumps and Gaussians around the target, the largest response."""
     if totals not in rule.tuned:
 
         def fits(mechanism: Mechanism) -> bool:
@@ -135,6 +146,9 @@ def tuned(rule: Rule, totals: Totals, epsilon: float) -> list[Mechanism]:
         for beyond in (-0.3, 0.016, 0.1, 0.4, 0.7, 1.1, 2.0):
             loss = epsilon + beyond
             found += largest(lambda p, z=loss: jump(p, z), fits, 1e-9, 0.99)
+        for beyond in (-0.5, -0.1, 0.0, 0.3):
+            loss = epsilon + beyond
+            found += largest(lambda mu, z=loss: cut_gaussian(mu, z), fits, epsilon / 30, epsilon)
         rule.tuned[totals] = found
     return rule.tuned[totals]
 
@@ -149,12 +163,11 @@ def worst(rule: Rule, epsilon: float, steps: int) -> float:
         if not left or p < 1e-9:
             return best
         options = [(m, added(totals, cost)) for m, cost in prices]
-        options = [(m, after) for m, after in options if rule.admits(after)]
-        if left == 1:
-            options += [(m, totals) for m in tuned(rule, totals, epsilon)]
-        for m, after in options:
+        options = [(m, after, left - 1) for m, after in options if rule.admits(after)]
+        options += [(m, totals, 0) for m in tuned(rule, totals, epsilon)]
+        for m, after, rest in options:
             outcomes = zip(m.p, m.q, strict=True)
-            best = max(best, sum(value(p * a, q * b, after, left - 1) for a, b in outcomes))
+            best = max(best, sum(value(p * a, q * b, after, rest) for a, b in outcomes))
         return best
 
     return value(1.0, 1.0, (0,) * rule.lanes, steps)
@@ -179,14 +192,14 @@ def test_adaptive_is_never_overspent(
     epsilon: float, delta: float, expect: Gaussian | None, steps: int
 ) -> None:
     found = worst(ours(adaptive(epsilon, delta, expect=expect)), epsilon, steps)
-    print("ADV", epsilon, delta, expect, steps, found, found / delta)
-    assert delta / 50 < found <= delta * ROUNDING
+    assert delta / 4 < found <= delta * ROUNDING
 
 
-@pytest.mark.parametrize(("epsilon", "delta", "steps"), [(8.0, 1e-3, 2), (8.0, 1e-3, 3), (3.0, 1e-2, 2)])
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "steps"), [(8.0, 1e-3, 2), (8.0, 1e-3, 3), (3.0, 1e-2, 2)]
+)
 def test_the_search_overspends_the_unsound_rule(epsilon: float, delta: float, steps: int) -> None:
     found = worst(some_order_at_full_delta(epsilon, delta), epsilon, steps)
-    print("CTL", epsilon, delta, steps, found, found / delta)
     assert found > 1.1 * delta
 
 

@@ -124,7 +124,7 @@ SAMPLED = [
     (1e-7, 1e3, 2),
     (0.999, 0.1, 64),
     (1 - 2**-53, 0.7, 64),
-    (1e-300, 1.0, 64),
+    (1e-12, 1.0, 64),
 ]
 
 
@@ -169,7 +169,8 @@ def test_two_gaussians_on_one_sample_by_a_double_integral() -> None:
     step = mpf(1) / 2
     total = mp.fsum(
         mp.exp(one(x) + two(y))
-        * (1 - q + q * mp.exp((2 * x - 1) / (2 * first**2) + (2 * y - 1) / (2 * second**2))) ** order
+        * (1 - q + q * mp.exp((2 * x - 1) / (2 * first**2) + (2 * y - 1) / (2 * second**2)))
+        ** order
         for x in mp.arange(-10, 14, step * first)
         for y in mp.arange(-20, 24, step * second)
     )
@@ -207,6 +208,8 @@ def test_sampled_pure_dp(q: float, epsilon: float) -> None:
         for order in (2, 8, 64):
             exact = oracles.both_ways(p, r, order)
             assert mpf(costs.renyi(event, order)) >= exact * (1 - mpf(RELATIVE)) - mpf(ABSOLUTE)
+            # The excess is what the row leaves: it prices the response of the amplified epsilon,
+            # whose other outcome is further away (up to 136 times at q = 1e-7, epsilon 30).
             assert costs.renyi(event, order) <= costs.pure_epsilon(event) * (1 + RELATIVE)
 
 
@@ -230,7 +233,8 @@ def test_pure_mu_is_the_smallest_that_covers(epsilon: float) -> None:
         kink = 1 / (1 + mp.exp(mpf(epsilon)))
         # Type II error k at level k <=> the quantile of k sits half-way: G_mu(k) = k.
         exact = 2 * mp.findroot(
-            lambda x: mp.log(mp.erfc(x / mp.sqrt(2)) / 2) - mp.log(kink), max(1e-3, pure_mu(epsilon) / 2)
+            lambda x: mp.log(mp.erfc(x / mp.sqrt(2)) / 2) - mp.log(kink),
+            max(1e-3, pure_mu(epsilon) / 2),
         )
         assert abs(pure_mu(epsilon) / exact - 1) <= 1e-9 or pure_mu(epsilon) < 1e-6
     with mp.workdps(50):
@@ -285,6 +289,12 @@ def test_integer_prices_are_above_the_exact_rationals(sigma: float) -> None:
 def test_no_noise_fits_nothing(event: Event) -> None:
     prices = adaptive(8.0, 1e-6).price(event)
     assert set(prices[1:]) == {NEVER}
+
+
+def test_a_sampled_exponent_beyond_doubles_is_infinite() -> None:
+    event = PoissonSampled(0.5, Gaussian(1e-154))
+    assert costs.renyi(event, 64) == math.inf
+    assert math.isfinite(costs.renyi(event, 2))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +363,9 @@ def test_samples_of_what_is_not_proved_are_refused(inner: Event) -> None:
 
 def test_a_sample_of_a_sample_of_pure_dp() -> None:
     event = PoissonSampled(0.5, PoissonSampled(0.2, PureDP(1.0)))
-    assert costs.pure_epsilon(event) == pytest.approx(costs.pure_epsilon(PoissonSampled(0.1, PureDP(1.0))))
+    assert costs.pure_epsilon(event) == pytest.approx(
+        costs.pure_epsilon(PoissonSampled(0.1, PureDP(1.0)))
+    )
 
 
 def test_nothing_is_priced_with_a_parameter_outside_its_domain() -> None:

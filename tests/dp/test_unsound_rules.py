@@ -210,9 +210,7 @@ def test_the_same_at_a_delta_that_adaptive_takes(start: str) -> None:
         return budget.quantize(renyi=lambda _: 0.0, mu_squared=0.0, epsilon=0.0, delta=float(r))
 
     ours = [
-        response(
-            largest(lambda e: budget.admits(added(once, response(e).price(budget))), "3")
-        ),
+        response(largest(lambda e: budget.admits(added(once, response(e).price(budget))), "3")),
         reveal(largest(lambda r: budget.admits(added(once, charged_reveal(r))), "1")),
     ]
     assert ours[1].p[0] <= delta * mpf("0.01")

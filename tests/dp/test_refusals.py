@@ -1,0 +1,279 @@
+"""What is outside its domain is a named error, everywhere that takes a number or bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from dp import (
+    Composed,
+    Gaussian,
+    InvalidParameter,
+    Laplace,
+    MalformedEvent,
+    NonPrivate,
+    PoissonSampled,
+    PureDP,
+    Repeated,
+    adaptive,
+    pure,
+    smallest_noise,
+    uses_that_fit,
+)
+from dp.codec import decode, digest, encode
+from dp.conversions import gaussian_mu
+from dp.errors import DPError, NothingFits
+from dp.events import MAX_DEPTH, canonical
+from dp.filters import NEVER
+from dp.validate import MAX_COUNT
+
+NOT_NUMBERS = [
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    0,
+    0.0,
+    -0.0,
+    -1.0,
+    -1,
+    5e-324,
+    2.2e-308,
+    True,
+    False,
+    "1.0",
+    b"1",
+    None,
+    1j,
+    [1.0],
+    10**400,
+    -(10**400),
+]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize(
+    "build",
+    [
+        Gaussian,
+        Laplace,
+        PureDP,
+        lambda q: PoissonSampled(q, Gaussian(1.0)),
+        pure,
+        lambda epsilon: adaptive(epsilon, 1e-6),
+        lambda delta: adaptive(1.0, delta),
+        lambda epsilon: gaussian_mu(epsilon, 1e-6),
+        lambda delta: gaussian_mu(1.0, delta),
+    ],
+)
+def test_real_parameters(build, value) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        build(value)
+    assert isinstance(caught.value, DPError)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.name in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1.0000001, 2, 1e308])
+def test_probabilities_above_one(value: float) -> None:
+    with pytest.raises(InvalidParameter):
+        PoissonSampled(value, Gaussian(1.0))
+
+
+@pytest.mark.parametrize("value", [0.1000001, 0.5, 1, 9e-16, 1e-300])
+def test_deltas_out_of_range(value: float) -> None:
+    with pytest.raises(InvalidParameter, match="delta"):
+        adaptive(1.0, value)
+
+
+@pytest.mark.parametrize("value", [9e-7, 1.1e6, 1e308])
+def test_epsilons_out_of_range(value: float) -> None:
+    with pytest.raises(InvalidParameter, match="epsilon"):
+        pure(value)
+    with pytest.raises(InvalidParameter, match="epsilon"):
+        adaptive(value, 1e-6)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 1.0, 2**53, 0.5], ids=repr)
+def test_counts(value) -> None:
+    with pytest.raises(InvalidParameter, match="count must be an integer"):
+        Repeated(Gaussian(1.0), value)
+
+
+@pytest.mark.parametrize("value", [1, MAX_COUNT])
+def test_the_largest_and_smallest_count(value: int) -> None:
+    assert Repeated(Gaussian(1.0), value).count == value
+
+
+@pytest.mark.parametrize("value", ["Gaussian", 1.0, None, {"kind": "Gaussian"}, Gaussian])
+def test_what_is_no_event(value) -> None:
+    for build in (
+        lambda: PoissonSampled(0.5, value),
+        lambda: Repeated(value, 2),
+        lambda: Composed((Gaussian(1.0), value)),
+    ):
+        with pytest.raises(InvalidParameter, match="event"):
+            build()
+
+
+def test_an_empty_composition() -> None:
+    with pytest.raises(InvalidParameter, match="at least one"):
+        Composed(())
+
+
+def test_nesting_has_a_bottom() -> None:
+    event = Gaussian(1.0)
+    for _ in range(MAX_DEPTH):
+        event = Repeated(event, 2)
+    assert canonical(event) == Repeated(Gaussian(1.0), 2**MAX_DEPTH)
+    for build in (
+        lambda: Repeated(event, 2),
+        lambda: Composed((event,)),
+        lambda: PoissonSampled(0.5, event),
+    ):
+        with pytest.raises(InvalidParameter, match="nested"):
+            build()
+
+
+def test_counts_that_multiply_past_the_largest() -> None:
+    event = Repeated(Repeated(Gaussian(1.0), 2**30), 2**30)
+    for use in (canonical, encode, pure(1.0).price):
+        with pytest.raises(InvalidParameter, match="count"):
+            use(event)
+
+
+@pytest.mark.parametrize("cost", [float("nan"), -1.0, -1e-300, float("inf"), float("-inf")])
+def test_costs_that_are_none(cost: float) -> None:
+    price = adaptive(1.0, 1e-6).quantize(
+        renyi=lambda _: cost, mu_squared=cost, epsilon=cost, delta=cost
+    )
+    assert set(price) == {NEVER}
+
+
+def test_a_delta_of_its_own() -> None:
+    budget = adaptive(1.0, 1e-6)
+    price = budget.quantize(renyi=lambda _: 0.0, mu_squared=0.0, epsilon=0.0, delta=1e-9)
+    assert price[0] >= 1e-9 * 2**62
+    assert budget.uses_that_fit((0,) * len(price), price) == 9
+    with_orders = budget.quantize(renyi=lambda _: 0.0)
+    assert (with_orders[0], with_orders[1], with_orders[3]) == (0, NEVER, 1)
+
+
+GAUSSIAN = b'{"kind":"Gaussian","noise_multiplier":1}'
+DEEP = b'{"count":2,"event":' * 900 + GAUSSIAN + b',"kind":"Repeated"}' * 900
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b'"Gaussian"',
+        b"not json",
+        b"\xff\xfe{}",
+        b"\x00",
+        GAUSSIAN[:-1],
+        GAUSSIAN + b" ",
+        b" " + GAUSSIAN,
+        GAUSSIAN + GAUSSIAN,
+        GAUSSIAN.decode().encode("utf-16"),
+        b"\xef\xbb\xbf" + GAUSSIAN,
+        b"{}",
+        b'{"kind":null}',
+        b'{"kind":["Gaussian"],"noise_multiplier":1}',
+        b'{"kind":"Gaussian"}',
+        b'{"kind":"gaussian","noise_multiplier":1}',
+        b'{"kind":"DiscreteGaussian","noise_multiplier":1}',
+        b'{"kind":"Event"}',
+        b'{"kind":"\\ud800"}',
+        b'{"extra":1,"kind":"Gaussian","noise_multiplier":1}',
+        b'{"kind":"NonPrivate","noise_multiplier":1}',
+        b'{"noise_multiplier":1,"kind":"Gaussian"}',
+        b'{"kind": "Gaussian","noise_multiplier":1}',
+        b'{"kind":"Gaussian","noise_multiplier":1.0}',
+        b'{"kind":"Gaussian","noise_multiplier":1e0}',
+        b'{"kind":"Gaussian","noise_multiplier":01}',
+        b'{"kind":"Gaussian","noise_multiplier":2,"noise_multiplier":1}',
+        b'{"kind":"Gaussian","kind":"Gaussian","noise_multiplier":1}',
+        b'{"kind":"Gaussian","noise_multiplier":NaN}',
+        b'{"kind":"Gaussian","noise_multiplier":Infinity}',
+        b'{"kind":"Gaussian","noise_multiplier":-Infinity}',
+        b'{"kind":"Gaussian","noise_multiplier":1e999}',
+        b'{"kind":"Gaussian","noise_multiplier":' + b"1" * 5000 + b"}",
+        b'{"kind":"Gaussian","noise_multiplier":0}',
+        b'{"kind":"Gaussian","noise_multiplier":-1}',
+        b'{"kind":"Gaussian","noise_multiplier":true}',
+        b'{"kind":"Gaussian","noise_multiplier":"1"}',
+        b'{"kind":"Gaussian","noise_multiplier":[1]}',
+        b'{"kind":"Gaussian","noise_multiplier":{}}',
+        b'{"count":1,"event":' + GAUSSIAN + b',"kind":"Repeated"}',  # canonical: the event itself
+        b'{"count":2.5,"event":' + GAUSSIAN + b',"kind":"Repeated"}',
+        b'{"count":9007199254740992,"event":' + GAUSSIAN + b',"kind":"Repeated"}',
+        b'{"count":2,"event":null,"kind":"Repeated"}',
+        b'{"count":2,"event":[' + GAUSSIAN + b'],"kind":"Repeated"}',
+        b'{"event":' + GAUSSIAN + b',"kind":"PoissonSampled","sampling_probability":1}',
+        b'{"event":' + GAUSSIAN + b',"kind":"PoissonSampled","sampling_probability":1.5}',
+        b'{"events":[],"kind":"Composed"}',
+        b'{"events":' + GAUSSIAN + b',"kind":"Composed"}',
+        b'{"events":null,"kind":"Composed"}',
+        b'{"events":[' + GAUSSIAN + b'],"kind":"Composed"}',
+        b'{"events":[' + GAUSSIAN + b"," + GAUSSIAN + b'],"kind":"Composed"}',
+        b'{"events":[{"kind":"Laplace","noise_multiplier":1},' + GAUSSIAN + b'],"kind":"Composed"}',
+        DEEP,
+        b"[" * 100_000,
+        b'{"event":' * 100_000,
+    ],
+    ids=lambda encoded: repr(encoded[:60]),
+)
+def test_malformed_events(encoded: bytes) -> None:
+    with pytest.raises(MalformedEvent, match="not a readable event") as caught:
+        decode(encoded)
+    assert caught.value.reason
+
+
+def test_an_encoding_is_for_ever() -> None:
+    """The bytes and the digest of one event of every kind, as every version must write them."""
+    event = Composed(
+        (
+            NonPrivate(),
+            Repeated(PoissonSampled(0.01, Composed((Gaussian(1.5), Gaussian(0.1)))), 3),
+            Laplace(1e21),
+            PureDP(1e-7),
+        )
+    )
+    encoded = encode(event)
+    assert encoded == (
+        b'{"events":[{"kind":"Laplace","noise_multiplier":1e+21},{"kind":"NonPrivate"},'
+        b'{"count":3,"event":{"event":{"events":['
+        b'{"kind":"Gaussian","noise_multiplier":0.1},{"kind":"Gaussian","noise_multiplier":1.5}],'
+        b'"kind":"Composed"},"kind":"PoissonSampled","sampling_probability":0.01},'
+        b'"kind":"Repeated"},{"epsilon":1e-7,"kind":"PureDP"}],"kind":"Composed"}'
+    )
+    assert decode(encoded) == canonical(event)
+    assert (
+        digest(GAUSSIAN).hex() == "a0a99801ee76e30e792b5cbd974861ef21187f2914534da2fdc2f11ada311402"
+    )
+
+
+@pytest.mark.parametrize("uses", [1, 30, 1000])
+def test_the_smallest_noise_fits_and_a_smaller_one_does_not(uses: int) -> None:
+    budget = adaptive(3.0, 1e-6)
+    held = budget.charge(budget.price(Gaussian(60.0)), 100)
+    for with_noise in (Gaussian, Laplace, lambda sigma: PoissonSampled(0.01, Gaussian(sigma))):
+        noise = smallest_noise(budget, held, with_noise, uses=uses)
+        assert uses_that_fit(budget, held, with_noise(noise)) >= uses
+        assert uses_that_fit(budget, held, with_noise(noise * (1 - 2e-6))) < uses
+
+
+def test_calibration_that_finds_nothing() -> None:
+    budget = adaptive(1.0, 1e-6)
+    zero = (0,) * len(budget.limits)
+    with pytest.raises(NothingFits, match=r"noise multiplier of up to 0\.5") as caught:
+        smallest_noise(budget, zero, Gaussian, uses=10, at_most=0.5)
+    assert "10 uses" in caught.value.reason
+    wide = pure(1e6)
+    assert smallest_noise(wide, (0,), lambda noise: PureDP(1e-3 / noise), uses=1) == 1e-9
+    with pytest.raises(InvalidParameter, match="uses"):
+        smallest_noise(budget, zero, Gaussian, uses=0)
+    with pytest.raises(InvalidParameter, match="at_most"):
+        smallest_noise(budget, zero, Gaussian, uses=1, at_most=float("nan"))

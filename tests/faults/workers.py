@@ -1,0 +1,205 @@
+"""Processes that charge until they are told to stop, or killed.
+
+One server process imports everything once and forks a worker for each line on its standard
+input, so that a round of four fresh processes costs milliseconds. The server itself never opens
+a ledger. A worker is given by a JSON object:
+
+``mode``      what its threads do: a function of this file
+``location``  the ledger
+``out``       file to which each line is written *before* the thread goes on: what the caller
+              of the package was told. A line is one ``write`` to a file opened for appending,
+              and so survives the death of the process (not that of the host).
+``threads``   how many; ``asks``: how many asks each; ``go``: file whose appearance starts them
+``bytes``     to how much a file may grow (``RLIMIT_FSIZE``: the kernel refuses the write)
+
+The modes whose name begins with ``broken`` are controls: deliberate mistakes that the tests
+must notice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from sqlalchemy import MetaData
+from sqlalchemy.orm import registry
+from sqlmodel import Field, Session, SQLModel, create_engine, func, select
+
+from accountant import Accountant, BudgetExceeded
+from accountant.stores.sql import SqlStore, SqlTransaction
+from dp import PureDP
+
+ASK = {"unit": "article", "activity": "survey"}
+ONE = PureDP(1.0)
+LAZY = 25
+"""How many transactions the lazy store keeps before it commits."""
+
+
+class LazyStore(SqlStore):
+    """Control: answers at once and commits later, as a buffered ledger would."""
+
+    _kept = 0
+
+    @contextmanager
+    def transaction(self) -> Iterator[SqlTransaction]:
+        if self._kept == 0:
+            self._connection = self._connection or self._writer.connect()
+            self._transaction = self._connection.begin()
+        tx = SqlTransaction(self, self._connection)
+        yield tx
+        tx.write_back()
+        tx.remember()
+        self._kept += 1
+        if self._kept == LAZY:
+            self._transaction.commit()
+            self._kept = 0
+
+
+class Base(SQLModel, registry=registry(metadata=MetaData())):
+    """Tables of the control only."""
+
+
+class Spend(Base, table=True):
+    """Control: the table of the obvious implementation."""
+
+    __tablename__: ClassVar[str] = "spend"
+    id: int | None = Field(default=None, primary_key=True)
+    epsilon: float
+
+
+class Obvious:
+    """Control: read the sum, compare, insert; SQLAlchemy's default transaction on SQLite."""
+
+    def __init__(self, location: str, limit: float = 50.5) -> None:
+        self._limit = limit
+        self._engine = create_engine(f"sqlite:///{location}", connect_args={"timeout": 60})
+        Spend.metadata.create_all(self._engine)
+
+    def charge(self) -> int | None:
+        """Return the row's number, or None if refused."""
+        with Session(self._engine) as session:
+            spent = session.exec(select(func.sum(Spend.epsilon))).one() or 0.0
+            if spent + 1.0 > self._limit:
+                return None
+            row = Spend(epsilon=1.0)
+            session.add(row)
+            session.commit()
+            return row.id
+
+
+Say = Callable[[str], None]
+
+
+def asks(accountant: Accountant, say: Say, count: int) -> None:
+    """Ask a fixed number of times, over the end of the budget."""
+    for _ in range(count):
+        try:
+            receipt = accountant.charge("tips", ONE, **ASK)
+            say(f"charged {receipt.seq} {receipt.digest}")
+        except BudgetExceeded:
+            say("refused")
+
+
+def broken_asks(obvious: Obvious, say: Say, count: int) -> None:
+    """Ask the obvious implementation as often."""
+    for _ in range(count):
+        row = obvious.charge()
+        say("refused" if row is None else f"charged {row} -")
+
+
+def charges(accountant: Accountant, say: Say, count: int) -> None:
+    """Charge until refused, then wait to be killed."""
+    try:
+        for _ in range(count):
+            receipt = accountant.charge("tips", ONE, **ASK)
+            say(f"charged {receipt.seq} {receipt.digest}")
+    except BudgetExceeded:
+        say("full")
+
+
+def reservations(accountant: Accountant, say: Say, count: int) -> None:
+    """Reserve, mark one by one, settle most of the time; until refused."""
+    choose = random.Random(os.getpid() * 1009 + threading.get_ident())
+    try:
+        for _ in range(count):
+            reservation = accountant.reserve("tips", ONE, uses=12, **ASK)
+            seq = reservation.receipt.seq
+            say(f"reserved {seq} {reservation.receipt.digest}")
+            for _ in range(choose.randint(0, 12)):
+                reservation.mark()
+                say(f"marked {seq} -")
+            if choose.random() < 0.8:
+                reservation.settle()
+                say(f"settled {seq} -")
+    except BudgetExceeded:
+        say("full")
+
+
+MODES: dict[str, tuple[Callable, Callable]] = {
+    "asks": (Accountant.open, asks),
+    "broken_asks": (Obvious, broken_asks),
+    "charges": (Accountant.open, charges),
+    "broken_charges": (lambda location: Accountant(LazyStore(location)), charges),
+    "reservations": (Accountant.open, reservations),
+    "broken_reservations": (lambda location: Accountant(LazyStore(location)), reservations),
+}
+
+
+def work(task: dict) -> None:
+    """Run one worker to its end."""
+    out = os.open(task["out"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def say(line: str) -> None:
+        os.write(out, f"{line}\n".encode())
+
+    make, loop = MODES[task["mode"]]
+    books = make(task["location"])
+    say("ready")
+    while not Path(task["go"]).exists():
+        time.sleep(0.001)
+
+    if task["bytes"]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (task["bytes"], task["bytes"]))
+
+    def run() -> None:
+        try:
+            loop(books, say, task["asks"])
+        except Exception as error:  # noqa: BLE001
+            say(f"error {type(error).__name__} {error}".replace("\n", " "))
+
+    threads = [threading.Thread(target=run) for _ in range(task["threads"])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    say("done")
+    if task["mode"] not in ("asks", "broken_asks"):
+        signal.pause()
+
+
+def serve() -> None:
+    """Fork a worker for each line; print its process id."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the dead
+    for line in sys.stdin:
+        worker = os.fork()
+        if worker == 0:
+            try:
+                work(json.loads(line))
+            finally:
+                os._exit(0)
+        print(worker, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    serve()
