@@ -12,7 +12,8 @@ from accountant.budgets import Budget
 from accountant.ledger import Answer, Charge, Open, Receipt, Reserve
 from accountant.reservations import Reservation
 from accountant.statements import Statement, read_statement
-from accountant.stores.sql import SqlStore, unpack_lanes
+from accountant.stores.schema import unpack_lanes
+from accountant.stores.sql import SqlStore
 from accountant.verify import Verification, verify
 from accountant.writer import Writer
 from dp import Event, Filter, NeighboringRelation, Price, smallest_noise, uses_that_fit

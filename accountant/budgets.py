@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import rfc8785
 
@@ -42,6 +43,7 @@ class Budget:
                 f"budget name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'"
             )
         label(unit=self.unit)
+        of_type(Filter, filter=self.filter)
         if self.units is not None:
             validate.count(units=self.units)
             if not self.filter.delta * self.units < 1:
@@ -92,3 +94,16 @@ def label(**values: object) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_LABEL or not value.isprintable():
         raise InvalidRequest(f"{name} must be 1 to {MAX_LABEL} printable characters, got {value!r}")
     return value
+
+
+def of_type(kind: Any, **values: object) -> None:
+    """Raise unless the one value is an instance of the type.
+
+    >>> of_type(bytes, payload="text")
+    Traceback (most recent call last):
+    accountant.errors.InvalidRequest: payload must be of type bytes, got 'text'
+    """
+    ((name, value),) = values.items()
+    if not isinstance(value, kind):
+        expected = getattr(kind, "__name__", "Event")
+        raise InvalidRequest(f"{name} must be of type {expected}, got {value!r}")

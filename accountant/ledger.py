@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from accountant.budgets import Budget, label
+from accountant.budgets import Budget, label, of_type
 from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, pack
 from accountant.errors import (
     BudgetExceeded,
@@ -30,11 +30,13 @@ from accountant.errors import (
     ReservationError,
     UnitMismatch,
 )
-from dp import Event, NeighboringRelation, Price, validate
+from dp import Event, Filter, NeighboringRelation, Price, validate
 from dp.codec import digest
+from dp.filters import limits_hold
 
 MAX_TALLIES = 64
 """Distinct refusals counted apart between two other entries; the rest share one count."""
+_OTHER = f"{NO_EVENT.hex()}:0:other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,14 @@ class Open:
     """Ask for a new budget."""
 
     budget: Budget
+
+    def __post_init__(self) -> None:
+        limits = self.budget.filter
+        if Filter.from_record(limits.to_record()) != limits or not limits_hold(limits):
+            raise InvalidRequest(
+                f"budget {self.budget.name!r}: its limits are not those of its epsilon and delta;"
+                " make the filter with dp.pure or dp.adaptive"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +67,13 @@ class Ask:
     note: str = ""
 
     def __post_init__(self) -> None:
+        label(budget=self.budget)
+        of_type(Event, event=self.event)
         validate.count(uses=self.uses)
+        label(unit=self.unit)
+        of_type(NeighboringRelation, relation=self.relation)
         label(activity=self.activity)
-        if self.note:
+        if self.note != "":
             label(note=self.note)
 
 
@@ -72,6 +86,7 @@ class Charge(Ask):
 
     def __post_init__(self) -> None:
         Ask.__post_init__(self)
+        of_type(bytes, payload=self.payload)
         if self.key is not None:
             label(key=self.key)
 
@@ -121,6 +136,10 @@ class Answer:
     budget: str
     key: str
     answer: bytes
+
+    def __post_init__(self) -> None:
+        label(key=self.key)
+        of_type(bytes, answer=self.answer)
 
 
 Request = Open | Charge | Reserve | Mark | Settle | Void | Answer
@@ -368,12 +387,12 @@ def _admit(
 def _refuse(tx: Transaction, book: Book, ask: Ask, event: bytes, now: int) -> None:
     key = f"{event.hex()}:{ask.uses}:{ask.activity}"
     if key not in book.pending and len(book.pending) >= MAX_TALLIES:
-        key = f"{NO_EVENT.hex()}:0:other"
+        key = _OTHER
     if key in book.pending:
         tally = book.pending[key]
         tally[0], tally[2] = tally[0] + 1, max(now, tally[2])
         tally[1] = tally[1] or now
-    elif key.endswith(":0:other"):
+    elif key == _OTHER:
         book.pending[key] = [1, now, now]
     else:
         tx.keep_event(book, event)

@@ -85,6 +85,4 @@ class Reservation:
             )
 
     def __reduce__(self) -> NoReturn:
-        raise ReservationError("a reservation belongs to the process that made it: no pickling")
-
-    __copy__ = __deepcopy__ = __reduce__
+        raise ReservationError("a reservation belongs to the process that made it: no copies")

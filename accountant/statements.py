@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from accountant.budgets import Budget
 from accountant.entries import NO_EVENT, Entry, Kind, unpack
 from accountant.errors import LedgerCorrupt
-from accountant.stores.sql import Snapshot, unpack_lanes
-from dp import Event, MalformedEvent, Price
+from accountant.stores.schema import unpack_lanes
+from accountant.stores.snapshot import Snapshot
+from dp import Event, Filter, MalformedEvent, Price
 from dp.codec import decode
 
 
@@ -144,7 +145,7 @@ def _fold(
     for key, (times, _, _) in pending.items():
         activity = key.split(":", 2)[2]
         refused[activity] = refused.get(activity, 0) + times
-    fullest = _roomiest(totals, limits.limits)
+    fullest = _roomiest(limits, totals)
     return Statement(
         budget,
         seq,
@@ -170,8 +171,9 @@ def _added(totals: Price, change: Iterable[int]) -> Price:
     return tuple(map(sum, zip(totals, change, strict=True)))
 
 
-def _roomiest(totals: Price, limits: Price) -> int:
-    """Return the lane with the smallest used share, among those that can admit anything."""
-    usable = [lane for lane, limit in enumerate(limits) if limit > 0]
-    spending = [lane for lane in usable if totals[lane]] or usable
-    return min(spending, key=lambda lane: totals[lane] / limits[lane])
+def _roomiest(limits: Filter, totals: Price) -> int:
+    """Return the witness with the smallest used share, among those that can admit anything."""
+    lanes = range(len(totals))
+    usable = [at for at in lanes if limits.limits[at] > 0 and limits.lanes[at] != "delta"]
+    spending = [at for at in usable if totals[at]] or usable
+    return min(spending, key=lambda at: totals[at] / limits.limits[at])

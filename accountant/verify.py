@@ -15,7 +15,8 @@ from typing import Any
 from accountant.budgets import Budget
 from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, unpack
 from accountant.errors import LedgerCorrupt
-from accountant.stores.sql import Snapshot, unpack_lanes
+from accountant.stores.schema import unpack_lanes
+from accountant.stores.snapshot import Snapshot
 from dp import DPError, Price
 from dp.codec import decode, digest
 from dp.filters import limits_hold
@@ -75,9 +76,9 @@ def verify(snapshot: Snapshot) -> Verification:
 
 
 def _verify_budget(snapshot: Snapshot, name: str) -> Checked:
-    row = snapshot.row(name)
     replayed = _Replayed(())
     try:
+        row = snapshot.row(name)
         budget = Budget.from_json(row.record)
         replayed.totals = (0,) * len(budget.filter.limits)
         problems = list(_problems(snapshot, budget, row, replayed))
@@ -105,8 +106,11 @@ def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed)
     charges: dict[int, bytes] = {}
     reserved: dict[int, tuple[Entry, int, bool]] = {}
     for stored in snapshot.entries(name):
-        entry = unpack(stored.body)
         at = f"entry {stored.seq}"
+        if not isinstance(stored.seq, int) or not isinstance(stored.digest, bytes):
+            yield f"{at}: its seq or digest is of another type"
+            return
+        entry = unpack(stored.body)
         if entry.seq != stored.seq or entry.seq != replayed.seq + 1:
             yield f"{at}: follows entry {replayed.seq}"
         if chain(replayed.head, stored.body) != stored.digest:
@@ -120,7 +124,8 @@ def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed)
             if entry.event != digest(row.record):
                 yield f"{at}: the budget's record is not the one that was opened"
             continue
-        if entry.event not in prices and entry.event != NO_EVENT:
+        nameless = entry.kind is Kind.REFUSE and entry.event == NO_EVENT
+        if entry.event not in prices and not nameless:
             yield f"{at}: its event {entry.event.hex()} is not stored"
             continue
         if entry.kind in (Kind.CHARGE, Kind.RESERVE):
@@ -163,6 +168,10 @@ def _mismatches(
 ) -> Iterator[str]:
     """Compare what the entries came to with what is stored beside them."""
     name = budget.name
+    if not replayed.seq:
+        yield "entry 1: there is none; its OPEN entry is missing"
+    if row.time != replayed.time:
+        yield "the stored time is not that of the last entry"
     if (row.seq, row.head) != (replayed.seq, replayed.head):
         yield (
             f"entry {replayed.seq + 1}: the budget ends on entry {row.seq}"

@@ -12,6 +12,9 @@ from sqlalchemy import DDL, MetaData, event
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
+from accountant.errors import LedgerCorrupt
+from dp import Price
+
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x65707364
 """``epsd``: marks an SQLite file as a ledger of epsledger."""
@@ -87,6 +90,36 @@ class KeyRow(_Table, table=True):
 
 
 METADATA = _Table.metadata
+BUDGET = METADATA.tables["epsledger_budget"]
+EVENT = METADATA.tables["epsledger_event"]
+ENTRY = METADATA.tables["epsledger_entry"]
+RESERVATION = METADATA.tables["epsledger_reservation"]
+KEY = METADATA.tables["epsledger_key"]
+
+_LANE_BYTES = 16
+
+
+def pack_lanes(lanes: Price) -> bytes:
+    """Return lanes as 128-bit little-endian integers: no sum of them can overflow.
+
+    >>> unpack_lanes(pack_lanes((1, 2**96)))
+    (1, 79228162514264337593543950336)
+    """
+    return b"".join(lane.to_bytes(_LANE_BYTES, "little") for lane in lanes)
+
+
+def unpack_lanes(packed: bytes) -> Price:
+    """Return the lanes that :func:`pack_lanes` packed.
+
+    Raises:
+        LedgerCorrupt: If these are not whole lanes.
+    """
+    if len(packed) % _LANE_BYTES:
+        raise LedgerCorrupt(f"lanes of {len(packed)} bytes")
+    return tuple(
+        int.from_bytes(packed[at : at + _LANE_BYTES], "little")
+        for at in range(0, len(packed), _LANE_BYTES)
+    )
 
 
 def _forbid(table: str, what: str, when: str = "") -> str:
@@ -98,7 +131,19 @@ def _forbid(table: str, what: str, when: str = "") -> str:
     )
 
 
+def _forbid_twice(table: str, *keys: str) -> str:
+    """Refuse ``INSERT OR REPLACE``, which would go past the DELETE trigger."""
+    same = " AND ".join(f"{key} = NEW.{key}" for key in keys)
+    exists = f"EXISTS (SELECT 1 FROM {table} WHERE {same})"  # noqa: S608 - names of ours
+    return _forbid(table, "INSERT", exists)
+
+
 _TRIGGERS = [
+    _forbid_twice("epsledger_budget", "name"),
+    _forbid_twice("epsledger_event", "budget", "digest"),
+    _forbid_twice("epsledger_entry", "budget", "seq"),
+    _forbid_twice("epsledger_reservation", "budget", "seq"),
+    _forbid_twice("epsledger_key", "budget", "key"),
     _forbid("epsledger_entry", "UPDATE"),
     _forbid("epsledger_entry", "DELETE"),
     _forbid("epsledger_event", "UPDATE"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,53 +39,40 @@ from accountant.errors import (
     UnknownBudget,
 )
 from accountant.ledger import Book, Hold, Keyed
-from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION
+from accountant.stores.schema import (
+    APPLICATION_ID,
+    BUDGET,
+    ENTRY,
+    EVENT,
+    KEY,
+    METADATA,
+    RESERVATION,
+    SCHEMA_VERSION,
+    pack_lanes,
+    unpack_lanes,
+)
+from accountant.stores.snapshot import Snapshot
 from dp import Event, Price
 from dp.codec import digest, encode
 
-_BUDGET = METADATA.tables["epsledger_budget"]
-_EVENT = METADATA.tables["epsledger_event"]
-_ENTRY = METADATA.tables["epsledger_entry"]
-_RESERVATION = METADATA.tables["epsledger_reservation"]
-_KEY = METADATA.tables["epsledger_key"]
-
 _UPDATE_BUDGET = (
-    update(_BUDGET)
-    .where(_BUDGET.c.name == bindparam("of"), _BUDGET.c.seq == bindparam("before"))
+    update(BUDGET)
+    .where(BUDGET.c.name == bindparam("of"), BUDGET.c.seq == bindparam("before"))
     .values({name: bindparam(name) for name in ("seq", "head", "time", "totals", "pending")})
 )
 _UPDATE_RESERVATION = (
-    update(_RESERVATION)
-    .where(_RESERVATION.c.budget == bindparam("of"), _RESERVATION.c.seq == bindparam("at"))
+    update(RESERVATION)
+    .where(RESERVATION.c.budget == bindparam("of"), RESERVATION.c.seq == bindparam("at"))
     .values(marked=bindparam("marked"), open=bindparam("open"))
 )
 _UPDATE_KEY = (
-    update(_KEY)
-    .where(_KEY.c.budget == bindparam("of"), _KEY.c.key == bindparam("at"))
+    update(KEY)
+    .where(KEY.c.budget == bindparam("of"), KEY.c.key == bindparam("at"))
     .values(answer=bindparam("answer"))
 )
 
-_LANE_BYTES = 16
 _CACHED_PRICES = 4096
-
-
-def pack_lanes(lanes: Price) -> bytes:
-    """Return lanes as 128-bit little-endian integers: no sum of them can overflow.
-
-    >>> unpack_lanes(pack_lanes((1, 2**96)))
-    (1, 79228162514264337593543950336)
-    """
-    return b"".join(lane.to_bytes(_LANE_BYTES, "little") for lane in lanes)
-
-
-def unpack_lanes(packed: bytes) -> Price:
-    """Return the lanes that :func:`pack_lanes` packed."""
-    if len(packed) % _LANE_BYTES:
-        raise LedgerCorrupt(f"lanes of {len(packed)} bytes")
-    return tuple(
-        int.from_bytes(packed[at : at + _LANE_BYTES], "little")
-        for at in range(0, len(packed), _LANE_BYTES)
-    )
+_PATIENCE_SECONDS = 30
 
 
 class SqlStore:
@@ -111,7 +100,8 @@ class SqlStore:
         self.budgets: dict[str, tuple[bytes, Budget]] = {}
         self.seen: dict[str, tuple[int, bytes]] = {}
         with _translated(self.url):
-            _prepare(self.engine, self._writer)
+            self._path = _prepare(self.engine, self._writer)
+            self._file = _identity(self._path)
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
@@ -129,6 +119,7 @@ class SqlStore:
             connection = self._connection
             transaction = connection.begin()
         try:
+            self._check_file()
             tx = SqlTransaction(self, connection)
             yield tx
             with _translated(self.url):
@@ -139,7 +130,7 @@ class SqlStore:
         try:
             transaction.commit()
         except BaseException as error:
-            self._roll_back(transaction)
+            self._discard()
             raise OutcomeUnknown(
                 f"{self.url.database}: the commit failed ({error}); count it as spent"
             ) from error
@@ -149,17 +140,41 @@ class SqlStore:
         try:
             transaction.rollback()
         except SQLAlchemyError:
-            # The connection is beyond use; the next transaction gets a new one.
-            if self._connection is not None:
-                self._connection.invalidate()
-                self._connection = None
+            self._discard()
+
+    def _discard(self) -> None:
+        """Close a connection that may still be in its transaction; the next one is new."""
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Read one consistent state; writers are not held up."""
         self.check_process()
         with _translated(self.url), self.engine.connect() as connection, connection.begin():
-            yield Snapshot(connection)
+            self._check_file()
+            yield Snapshot(connection, self.check_not_back)
+
+    def check_not_back(self, row: Any) -> None:
+        """Raise if a budget's row is older than one that this process has seen.
+
+        Raises:
+            LedgerCorrupt: If an older copy of the ledger was put in its place.
+        """
+        seen = self.seen.get(row.name)
+        if seen is not None and (row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])):
+            raise LedgerCorrupt(
+                f"budget {row.name!r} went back to entry {row.seq} after entry {seen[0]} was seen"
+            )
+
+    def _check_file(self) -> None:
+        """Raise if the file at the ledger's path is no longer the one that is open."""
+        if _identity(self._path) != self._file:
+            raise LedgerUnavailable(
+                f"{self._path} was moved, deleted or replaced while it was open; open it again"
+            )
 
     def check_process(self) -> None:
         """Raise in a forked child: it must not use the parent's connections, nor its locks."""
@@ -197,14 +212,10 @@ class SqlTransaction:
         if budget in self._books:
             return self._books[budget][0]
         with _translated(self._store.url):
-            row = self._connection.execute(select(_BUDGET).where(_BUDGET.c.name == budget)).first()
+            row = self._connection.execute(select(BUDGET).where(BUDGET.c.name == budget)).first()
         if row is None:
             return None
-        seen = self._store.seen.get(budget)
-        if seen is not None and (row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])):
-            raise LedgerCorrupt(
-                f"budget {budget!r} went back to entry {row.seq} after entry {seen[0]} was seen"
-            )
+        self._store.check_not_back(row)
         known = self._store.budgets.get(budget)
         if known is None or known[0] != row.record:
             known = self._store.budgets[budget] = (row.record, Budget.from_json(row.record))
@@ -253,7 +264,7 @@ class SqlTransaction:
         return price
 
     def _stored_price(self, budget: str, event: bytes) -> Price | None:
-        query = select(_EVENT.c.price).where(_EVENT.c.budget == budget, _EVENT.c.digest == event)
+        query = select(EVENT.c.price).where(EVENT.c.budget == budget, EVENT.c.digest == event)
         with _translated(self._store.url):
             packed = self._connection.execute(query).scalar()
         return None if packed is None else unpack_lanes(packed)
@@ -268,8 +279,8 @@ class SqlTransaction:
         """Return a reservation, or None."""
         key = (budget, reservation)
         if key not in self._holds:
-            query = select(_RESERVATION).where(
-                _RESERVATION.c.budget == budget, _RESERVATION.c.seq == reservation
+            query = select(RESERVATION).where(
+                RESERVATION.c.budget == budget, RESERVATION.c.seq == reservation
             )
             with _translated(self._store.url):
                 row = self._connection.execute(query).first()
@@ -287,7 +298,7 @@ class SqlTransaction:
     def keyed(self, budget: str, key: str) -> Keyed | None:
         """Return the charge that was made under a key, or None."""
         if (budget, key) not in self._keyed:
-            query = select(_KEY).where(_KEY.c.budget == budget, _KEY.c.key == key)
+            query = select(KEY).where(KEY.c.budget == budget, KEY.c.key == key)
             with _translated(self._store.url):
                 row = self._connection.execute(query).first()
             if row is None:
@@ -305,14 +316,14 @@ class SqlTransaction:
         """Write everything that the rules changed."""
         new_books = {id(book) for book in self._new_books}
         self._insert(
-            _BUDGET,
+            BUDGET,
             [
                 {"name": book.budget.name, "record": book.budget.to_json(), **_state(book)}
                 for book in self._new_books
             ],
         )
         self._insert(
-            _EVENT,
+            EVENT,
             [
                 {"budget": name, "digest": key, "encoded": encoded, "price": pack_lanes(price)}
                 for (name, key), (_, encoded, price) in self._kept.items()
@@ -328,10 +339,10 @@ class SqlTransaction:
             state = _state(book)
             if id(book) not in new_books and (book.appended or state["pending"] != pending):
                 budgets.append({"of": book.budget.name, "before": seq, **state})
-        self._insert(_ENTRY, entries)
+        self._insert(ENTRY, entries)
         self._update(_UPDATE_BUDGET, budgets)
         self._insert(
-            _RESERVATION,
+            RESERVATION,
             [
                 {
                     "budget": name,
@@ -355,7 +366,7 @@ class SqlTransaction:
             ],
         )
         self._insert(
-            _KEY,
+            KEY,
             [
                 {
                     "budget": name,
@@ -397,56 +408,6 @@ class SqlTransaction:
             self._store.seen[name] = (book.seq, book.head)
 
 
-class Snapshot:
-    """One consistent state of the ledger, to read."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def budgets(self) -> list[str]:
-        """Return the names of all budgets, sorted."""
-        return list(self._connection.execute(select(_BUDGET.c.name).order_by("name")).scalars())
-
-    def row(self, budget: str) -> Any:
-        """Return the stored row of a budget, or raise UnknownBudget."""
-        row = self._connection.execute(select(_BUDGET).where(_BUDGET.c.name == budget)).first()
-        if row is None:
-            raise UnknownBudget(budget)
-        return row
-
-    def entries(self, budget: str) -> Iterator[Any]:
-        """Yield the stored entries of a budget by ``seq``: rows of seq, body, digest."""
-        query = (
-            select(_ENTRY.c.seq, _ENTRY.c.body, _ENTRY.c.digest)
-            .where(_ENTRY.c.budget == budget)
-            .order_by(_ENTRY.c.seq)
-        )
-        yield from self._connection.execution_options(yield_per=1000).execute(query)
-
-    def events(self, budget: str) -> list[Any]:
-        """Return the stored events of a budget: rows of digest, encoded, price."""
-        return self._all(_EVENT, budget)
-
-    def reservations(self, budget: str) -> list[Any]:
-        """Return the stored reservations of a budget."""
-        return self._all(_RESERVATION, budget)
-
-    def keys(self, budget: str) -> list[Any]:
-        """Return the stored idempotency keys of a budget."""
-        return self._all(_KEY, budget)
-
-    def strays(self) -> list[str]:
-        """Return the names under which rows are stored that no budget has."""
-        known = set(self.budgets())
-        found: set[str] = set()
-        for table in (_ENTRY, _EVENT, _RESERVATION, _KEY):
-            found.update(self._connection.execute(select(table.c.budget).distinct()).scalars())
-        return sorted(found - known)
-
-    def _all(self, table: Any, budget: str) -> list[Any]:
-        return list(self._connection.execute(select(table).where(table.c.budget == budget)))
-
-
 def _state(book: Book) -> dict[str, Any]:
     return {
         "seq": book.seq,
@@ -477,11 +438,29 @@ def _configure(connection: Any, _record: object) -> None:
     # A tampered value must reach verify, not fail in the driver.
     connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA busy_timeout=30000")
-    (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if tables and application != APPLICATION_ID:
+        raise LedgerUnavailable("this is a database of another program, not a ledger")
+    mode = _turn_to_wal(connection)
     if mode != "wal":
         raise LedgerUnavailable(f"SQLite answered journal mode {mode!r} instead of 'wal'")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA fullfsync=1")
+
+
+def _turn_to_wal(connection: Any) -> str:
+    """Return the journal mode; SQLite does not wait by itself while others open the same file."""
+    patience = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > patience:
+                raise
+            time.sleep(0.01)
+        else:
+            return str(mode)
 
 
 def _begin(connection: Connection) -> None:
@@ -489,34 +468,39 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-def _prepare(engine: Engine, writer: Engine) -> None:
-    """Check that the file is a ledger of this schema version; make an empty one a ledger."""
+def _prepare(engine: Engine, writer: Engine) -> str:
+    """Make an empty file a ledger, check the schema version, and return the file's path."""
     with engine.connect() as connection:
-        if _is_ledger(connection):
-            return
+        path = str(connection.exec_driver_sql("PRAGMA database_list").one()[2])
+        if _is_ledger(connection, path):
+            return path
     with writer.begin() as connection:
-        if not _is_ledger(connection):
+        if not _is_ledger(connection, path):
             METADATA.create_all(connection, checkfirst=False)
             connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+    return path
 
 
-def _is_ledger(connection: Connection) -> bool:
-    """Return whether the file is a ledger, False if it is empty; raise if it is something else."""
-    application = connection.exec_driver_sql("PRAGMA application_id").scalar()
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-    path = connection.engine.url.database
-    if application != APPLICATION_ID:
-        tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
-        if tables:
-            raise LedgerUnavailable(f"{path} is a database of another program, not a ledger")
+def _is_ledger(connection: Connection, path: str) -> bool:
+    """Return False if the file is empty; raise if another schema version wrote it."""
+    if not connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar():
         return False
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
     if version != SCHEMA_VERSION:
         raise SchemaMismatch(
             f"{path} has ledger schema {version}, this epsledger reads {SCHEMA_VERSION};"
             " use the version that wrote it"
         )
     return True
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextmanager

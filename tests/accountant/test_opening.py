@@ -185,10 +185,6 @@ def test_a_live_accountant_refuses_a_ledger_that_went_back(accountant, location,
         assert other.verify().rollback == "not checked"
 
 
-@pytest.mark.xfail(
-    reason="the open file is not compared with the one at its path: charges go to a deleted file",
-    strict=True,
-)
 def test_a_file_replaced_under_a_live_accountant(accountant, location):
     accountant.charge("tips", PureDP(1.0), **ASK)
     for path in location.parent.iterdir():

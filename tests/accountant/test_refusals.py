@@ -128,10 +128,6 @@ def test_an_activity_with_colons_is_counted_as_itself(accountant):
     ]
 
 
-@pytest.mark.xfail(
-    reason="an activity that ends in ':0:other' is taken for the shared tally; its event is lost",
-    strict=True,
-)
 def test_an_activity_that_looks_like_the_shared_tally(accountant):
     refuse(accountant, Gaussian(0.01), activity="x:0:other")
     accountant.charge("tips", PureDP(1.0), unit="article", activity="x")

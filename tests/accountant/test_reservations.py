@@ -172,7 +172,6 @@ def test_a_reservation_cannot_be_copied_or_pickled(accountant):
     assert reservation.mark().seq == 3
 
 
-@pytest.mark.xfail(reason="deepcopy raises TypeError: __deepcopy__ is given a memo", strict=True)
 def test_a_reservation_cannot_be_copied_deeply(accountant):
     reservation = accountant.reserve("news", STEP, uses=3, **ASK)
     with pytest.raises(ReservationError, match="belongs to the process"):

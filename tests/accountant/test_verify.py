@@ -153,7 +153,6 @@ def test_every_edit_of_every_stored_field_is_found(ledger, tampered, table):
     assert not missed
 
 
-@pytest.mark.xfail(reason="the time in the budget's row is compared with nothing", strict=True)
 def test_an_edit_of_the_budgets_time_is_found(tampered):
     assert not tampered("UPDATE epsledger_budget SET time = time - 5").clean
 
@@ -174,15 +173,7 @@ def test_the_columns_that_no_entry_covers_are_these(ledger, tampered):
 
 @pytest.mark.parametrize(
     "table",
-    [
-        pytest.param(
-            table,
-            marks=[pytest.mark.xfail(reason="TypeError where seq or digest is a text", strict=True)]
-            if table == "entry"
-            else [],
-        )
-        for table in TABLES
-    ],
+    TABLES,
 )
 def test_values_of_another_type_are_problems_and_not_crashes(ledger, tampered, table):
     wrong = []
@@ -363,7 +354,7 @@ FORGED = [
     ("settled twice", [entry(Kind.RESERVE, 2, 2), entry(Kind.SETTLE, 3, 0, 2), entry(Kind.SETTLE, 4, 0, 2)], 0, [(2, 2, 0, 0)], "entry 4: there is no open reservation 2"),
     ("marked after the settlement", [entry(Kind.RESERVE, 2, 2), entry(Kind.SETTLE, 3, 0, 2), entry(Kind.MARK, 4, 1, 2)], 0, [(2, 2, 0, 0)], "entry 4: there is no open reservation 2"),
     ("settled what was never reserved", [entry(Kind.CHARGE, 2, 2), entry(Kind.SETTLE, 3, 0, 2)], 2, [], "entry 3: there is no open reservation 2"),
-    ("settled for another event", [entry(Kind.RESERVE, 2, 2), entry(Kind.SETTLE, 3, 0, 2, event=NO_EVENT)], 0, [(2, 2, 0, 0)], "no open reservation 2 of its event"),
+    ("settled for another event", [entry(Kind.RESERVE, 2, 2), entry(Kind.SETTLE, 3, 0, 2, event=NO_EVENT)], 0, [(2, 2, 0, 0)], "is not stored"),
     ("time runs back", [entry(Kind.CHARGE, 2, 1, time=9), entry(Kind.CHARGE, 3, 1, time=8)], 2, [], "entry 3: is older than the entry before"),
     ("opened twice", [entry(Kind.OPEN, 2)], 0, [], "entry 2: a chain has one OPEN entry, its first"),
     ("numbered past a gap", [entry(Kind.CHARGE, 3)], 1, [], "entry 3: follows entry 1"),
@@ -385,7 +376,6 @@ def test_a_charge_without_an_event(location):
     assert forged(location, [entry(Kind.CHARGE, 2, event=NO_EVENT)], 1)
 
 
-@pytest.mark.xfail(reason="a budget without any entry is called clean", strict=True)
 def test_a_budget_emptied_with_its_row_set_back(tampered):
     verification = tampered(
         f"DELETE FROM {ENTRY}",

@@ -272,7 +272,7 @@ def test_calibration_that_finds_nothing() -> None:
         smallest_noise(budget, zero, Gaussian, uses=10, at_most=0.5)
     assert "10 uses" in caught.value.reason
     wide = pure(1e6)
-    assert smallest_noise(wide, (0,), lambda noise: PureDP(1e-3 / noise), uses=1) == 1e-9
+    assert smallest_noise(wide, (0,), lambda noise: PureDP(1e-4 / noise), uses=1) == 1e-9
     with pytest.raises(InvalidParameter, match="uses"):
         smallest_noise(budget, zero, Gaussian, uses=0)
     with pytest.raises(InvalidParameter, match="at_most"):

@@ -115,9 +115,6 @@ def test_threads_that_share_a_reservation_mark_exactly_its_uses(tmp_path):
         assert accountant.verify().clean
 
 
-@pytest.mark.xfail(
-    reason="turning a new file to WAL is not waited for: 'database is locked'", strict=False
-)
 def test_many_open_a_new_file_at_once(tmp_path):
     errors = []
 
