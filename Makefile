@@ -15,7 +15,8 @@ test: .venv/ready
 
 test-long: .venv/ready
 	@echo "SCALE=$(SCALE)"
-	SCALE=$(SCALE) $(BIN)/python -m pytest -m long
+	SCALE=$(SCALE) $(BIN)/python -m pytest -m long tests
+	SCALE=$$((50 * $(SCALE))) $(BIN)/python -m pytest tests/dp/test_properties.py
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

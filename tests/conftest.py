@@ -20,16 +20,6 @@ def pytest_report_header():
     return f"SCALE={SCALE}"
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave tests marked ``long`` to ``-m long``."""
-    if config.option.markexpr:
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
-
-
 @pytest.fixture(scope="session")
 def scale():
     """By how much the tests marked ``long`` are multiplied."""

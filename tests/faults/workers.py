@@ -36,7 +36,8 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, Session, SQLModel, create_engine, func, select
 
 from accountant import Accountant, BudgetExceeded
-from accountant.stores.sql import SqlStore, SqlTransaction
+from accountant.stores.sql import SqlStore
+from accountant.stores.transaction import SqlTransaction
 from dp import PureDP
 
 ASK = {"unit": "article", "activity": "survey"}
