@@ -99,7 +99,9 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
         "events": _events(statement),
         "refusals": _refusals(statement),
         "burn_down": _burn_down(statement),
-        "operations": [_operation(line) for line in statement.lines[-_OPERATIONS:]],
+        "operations": [
+            _operation(line) for line in statement.lines if line.entry.kind is not Kind.MARK
+        ][-_OPERATIONS:],
     }
 
 
@@ -113,8 +115,8 @@ def _guarantee(statement: Statement) -> str:
         f"The outputs of all operations charged to the budget '{budget.name}', for its whole life,"
         f" are together ({limits.epsilon:g}, {limits.delta:g})-differentially private under"
         f" {neighbors}, however each operation was chosen from the outputs before it. Enforced by a"
-        f" privacy filter ({limits.accounting} accounting, version {limits.version}); every"
-        " operation was in the ledger before it touched private data."
+        f" privacy filter ({limits.accounting} accounting, version {limits.version}) that charges"
+        " an operation before it may touch private data, or refuses it."
     )
 
 

@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_ledger(spent):
     assert report["spend"]["open_reservations"] == []
     assert report["burn_down"][-1]["share"] == report["spend"]["share"]
     assert [row["kind"] for row in report["operations"]] == [
-        *("open", "reserve", "mark", "settle"), *["charge"] * 5, "refuse"
+        *("open", "reserve", "settle"), *["charge"] * 5, "refuse"
     ]  # fmt: skip
     assert report["verification"]["clean"]
     assert report["verification"]["same_state"]
