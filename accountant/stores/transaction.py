@@ -28,6 +28,16 @@ from dp.codec import digest, encode
 if TYPE_CHECKING:
     from accountant.stores.sql import SqlStore
 
+# Built once: composing a statement costs more than running it.
+_BUDGET_BY_NAME = select(BUDGET).where(BUDGET.c.name == bindparam("of"))
+_PRICE_BY_DIGEST = select(EVENT.c.price).where(
+    EVENT.c.budget == bindparam("of"), EVENT.c.digest == bindparam("at")
+)
+_RESERVATION_BY_SEQ = select(RESERVATION).where(
+    RESERVATION.c.budget == bindparam("of"), RESERVATION.c.seq == bindparam("at")
+)
+_KEY_BY_NAME = select(KEY).where(KEY.c.budget == bindparam("of"), KEY.c.key == bindparam("at"))
+_INSERTS = {table: insert(table) for table in (BUDGET, EVENT, ENTRY, RESERVATION, KEY)}
 _UPDATE_BUDGET = (
     update(BUDGET)
     .where(BUDGET.c.name == bindparam("of"), BUDGET.c.seq == bindparam("before"))
@@ -66,7 +76,7 @@ class SqlTransaction:
         if budget in self._books:
             return self._books[budget][0]
         with translated(self._store.url):
-            row = self._connection.execute(select(BUDGET).where(BUDGET.c.name == budget)).first()
+            row = self._connection.execute(_BUDGET_BY_NAME, {"of": budget}).first()
         if row is None:
             return None
         self._store.check_not_back(row)
@@ -118,9 +128,10 @@ class SqlTransaction:
         return price
 
     def _stored_price(self, budget: str, event: bytes) -> Price | None:
-        query = select(EVENT.c.price).where(EVENT.c.budget == budget, EVENT.c.digest == event)
         with translated(self._store.url):
-            packed = self._connection.execute(query).scalar()
+            packed = self._connection.execute(
+                _PRICE_BY_DIGEST, {"of": budget, "at": event}
+            ).scalar()
         return None if packed is None else unpack_lanes(packed)
 
     def keep_event(self, book: Book, event: bytes) -> None:
@@ -133,11 +144,10 @@ class SqlTransaction:
         """Return a reservation, or None."""
         key = (budget, reservation)
         if key not in self._holds:
-            query = select(RESERVATION).where(
-                RESERVATION.c.budget == budget, RESERVATION.c.seq == reservation
-            )
             with translated(self._store.url):
-                row = self._connection.execute(query).first()
+                row = self._connection.execute(
+                    _RESERVATION_BY_SEQ, {"of": budget, "at": reservation}
+                ).first()
             if row is None:
                 return None
             hold = Hold(row.seq, row.event, row.uses, row.holder, row.marked, row.open)
@@ -152,9 +162,8 @@ class SqlTransaction:
     def keyed(self, budget: str, key: str) -> Keyed | None:
         """Return the charge that was made under a key, or None."""
         if (budget, key) not in self._keyed:
-            query = select(KEY).where(KEY.c.budget == budget, KEY.c.key == key)
             with translated(self._store.url):
-                row = self._connection.execute(query).first()
+                row = self._connection.execute(_KEY_BY_NAME, {"of": budget, "at": key}).first()
             if row is None:
                 return None
             keyed = Keyed(row.key, row.payload, row.seq, row.digest, row.answer)
@@ -245,7 +254,7 @@ class SqlTransaction:
 
     def _insert(self, table: Any, rows: list[dict[str, Any]]) -> None:
         if rows:
-            self._connection.execute(insert(table), rows)
+            self._connection.execute(_INSERTS[table], rows)
 
     def _update(self, statement: Any, rows: list[dict[str, Any]]) -> None:
         for row in rows:
