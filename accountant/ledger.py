@@ -345,7 +345,8 @@ def _open(tx: Transaction, budget: Budget, now: int) -> Receipt:
 def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
     book = _checked(tx, ask)
     event, price = tx.price(book, ask.event)
-    payload = digest(event + ask.uses.to_bytes(8, "little") + ask.activity.encode() + ask.payload)
+    parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload)
+    payload = digest(b"".join(map(digest, parts)))
     if ask.key is not None and (keyed := tx.keyed(ask.budget, ask.key)) is not None:
         if keyed.payload != payload:
             raise KeyReused(ask.key)

@@ -12,7 +12,12 @@ import threading
 import time
 from concurrent.futures import Future
 
-from accountant.errors import AccountantError, BudgetExceeded, LedgerUnavailable
+from accountant.errors import (
+    AccountantError,
+    BudgetExceeded,
+    LedgerUnavailable,
+    OutcomeUnknown,
+)
 from accountant.ledger import Outcome, Receipt, Request, decide
 from accountant.stores.sql import SqlStore
 from dp import DPError
@@ -29,6 +34,7 @@ class Writer:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._closed = False
+        self._batch: list[_Job] = []
         self._thread = threading.Thread(target=self._run, name="epsledger-writer", daemon=True)
         self._thread.start()
 
@@ -62,13 +68,34 @@ class Writer:
         self._thread.join()
 
     def _run(self) -> None:
-        job = self._jobs.get()
-        while job is not None:
-            job = self._jobs.get() if self._commit(job) else None
+        try:
+            job = self._jobs.get()
+            while job is not None:
+                job = self._jobs.get() if self._commit(job) else None
+        finally:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Leave no caller waiting, whatever ended the thread."""
+        with self._door:
+            self._closed = True
+        for _, done in self._batch:
+            if not done.done():
+                done.set_exception(
+                    OutcomeUnknown("the writer thread ended in the middle; count it as spent")
+                )
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                job[1].set_exception(LedgerUnavailable("the writer thread has ended"))
 
     def _commit(self, first: _Job) -> bool:
         """Carry out one batch; return False when the end of the queue was in it."""
-        batch, last = [first], False
+        self._batch = batch = [first]
+        last = False
         outcomes: list[Outcome | AccountantError | DPError] = []
         try:
             with self._store.transaction() as tx:

@@ -87,6 +87,10 @@ class Filter:
     weights: tuple[float, ...]
     limits: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """Return the promise with its exact parameters, for instance ``(8.0, 1e-06)-DP``."""
+        return f"({self.epsilon!r}, {self.delta!r})-DP"
+
     def price(self, event: Event) -> Price:
         """Return what one use of the event costs: one integer for each lane, at most NEVER.
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from accountant import Accountant
 from dp import (
@@ -96,7 +97,7 @@ def create(
         )
         with Accountant.open(ledger) as accountant:
             accountant.create_budget(name, limits, unit=unit, units=units)
-    click.echo(f"{name}: ({epsilon:g}, {delta:g})-DP per {unit} under {relation}, in {ledger}")
+    click.echo(f"{name}: {limits} per {unit} under {relation}, in {ledger}")
 
 
 @budget.command("list")
@@ -108,11 +109,12 @@ def list_budgets(ledger: Path) -> None:
         for name in accountant.budgets():
             statement = accountant.statement(name)
             limits = statement.budget.filter
-            table.add_row(
+            _add_row(
+                table,
                 name,
                 statement.budget.unit,
-                f"{limits.epsilon:g}",
-                f"{limits.delta:g}",
+                repr(limits.epsilon),
+                repr(limits.delta),
                 f"{statement.share:.1%}",
                 str(statement.refused),
             )
@@ -128,7 +130,7 @@ def show(name: str, ledger: Path) -> None:
         statement = accountant.statement(name)
     limits = statement.budget.filter
     click.echo(
-        f"{name}: ({limits.epsilon:g}, {limits.delta:g})-DP for life, per {statement.budget.unit}"
+        f"{name}: {limits} for life, per {statement.budget.unit}"
         f" under {limits.relation}, {limits.accounting} accounting {limits.version}"
     )
     click.echo(
@@ -137,8 +139,8 @@ def show(name: str, ledger: Path) -> None:
     )
     table = Table("activity", "uses", "share of the limit", "refused")
     for activity in statement.activities:
-        table.add_row(
-            activity.name, str(activity.uses), f"{activity.share:.2%}", str(activity.refused)
+        _add_row(
+            table, activity.name, str(activity.uses), f"{activity.share:.2%}", str(activity.refused)
         )
     Console().print(table)
 
@@ -161,7 +163,8 @@ def plan(name: str, uses: int, ledger: Path, **event: float | None) -> None:
         if with_noise is not None:
             try:
                 noise = accountant.smallest_noise(name, with_noise, uses=uses)
-                click.echo(f"  the smallest noise multiplier for {uses} uses is {noise:.6g}")
+                shown = f"{noise * (1 + 1e-5):.6g}"  # rounded up: what is shown fits
+                click.echo(f"  the smallest noise multiplier for {uses} uses is {shown}")
             except NothingFits:
                 click.echo(f"  no noise makes {uses} uses fit")
     if uses > fit:
@@ -185,7 +188,8 @@ def log(name: str, last: int, ledger: Path) -> None:
     for line in statement.lines[-last:]:
         entry = line.entry
         when = datetime.fromtimestamp(entry.time / 1e6, UTC)
-        table.add_row(
+        _add_row(
+            table,
             str(entry.seq),
             f"{when:%Y-%m-%d %H:%M:%S}",
             entry.kind.name.lower() + (f" x{entry.times}" if entry.times > 1 else ""),
@@ -249,6 +253,11 @@ def demo(out: Path) -> None:
         from epsledger.demo import run
 
         run(out)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add a row of plain text: what callers wrote is not markup."""
+    table.add_row(*map(Text, cells))
 
 
 def _existing(ledger: Path) -> Accountant:

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import FinetuneError, NotPoissonSampled, PlanChanged, UnmarkedStep
+from finetune.errors import (
+    FinetuneError,
+    NotPoissonSampled,
+    PlanChanged,
+    SkippedStep,
+    UnitsMixed,
+    UnmarkedStep,
+)
 from finetune.plan import TrainingPlan
 
 if TYPE_CHECKING:
@@ -19,8 +26,10 @@ __all__ = [
     "FinetuneError",
     "NotPoissonSampled",
     "PlanChanged",
+    "SkippedStep",
     "TrainingPlan",
     "TrainingRun",
+    "UnitsMixed",
     "UnmarkedStep",
     "training_run",
 ]

@@ -5,6 +5,8 @@
     FinetuneError
     ├── NotPoissonSampled   batches that were not drawn as the plan's price assumes
     ├── UnmarkedStep        an update that no durable mark paid for
+    ├── SkippedStep         a batch that was paid for and then dropped
+    ├── UnitsMixed          gradients that are not one for each row of the batch
     └── PlanChanged         noise, clipping or normaliser are not those of the plan
 """
 
@@ -23,6 +25,14 @@ class NotPoissonSampled(FinetuneError, ValueError):
 
 class UnmarkedStep(FinetuneError, RuntimeError):
     """An optimizer step without a mark of its own; the weights were not changed."""
+
+
+class SkippedStep(FinetuneError, RuntimeError):
+    """The last batch got no optimizer step; leaving one out because of its data reveals it."""
+
+
+class UnitsMixed(FinetuneError, ValueError):
+    """A layer saw another number of samples than the batch has rows; nothing was updated."""
 
 
 class PlanChanged(FinetuneError, ValueError):

@@ -16,23 +16,33 @@ What the guard holds Opacus to:
   datasets apart.
 * A step is marked durably before its batch reaches any code that could drop it, and an update
   without a mark of its own raises before it changes the weights.
-* Sampling and noise come from a generator seeded by the operating system, so that no seed of
-  the script, kept or replayed, repeats them.
+* Every batch gets its step: skipping one because of its loss would tell what was in it.
+* There is one gradient for each row of the batch, and a row whose gradient is not finite counts
+  as zero; otherwise clipping would not bound what a row can do.
+* Raw gradients never stay on the parameters, where another optimizer would find them.
+* The whole state of the generators of sampling and noise comes from the operating system. A
+  seed would not do: PyTorch's generator on the CPU uses 32 bits of it, few enough to try.
 
-Not covered: what a script does with private data besides its optimizer (printing the loss,
-evaluating on it, choosing a checkpoint by it), and a second optimizer over the same weights.
+Not covered:
+
+* The loss must be the mean over rows of a loss that depends on that row alone. A mean over
+  tokens (``ignore_index``), class weights normalised over the batch, in-batch negatives and batch
+  statistics let one row rescale the gradients of the others before they are clipped.
+* What a script does with private data besides its optimizer: printing the loss, evaluating on it,
+  choosing a checkpoint by it, leaving the loop because of it.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from opacus import GradSampleModule
-from opacus.data_loader import dtype_safe, shape_safe, wrap_collate_with_empty
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import nn
@@ -40,7 +50,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from accountant import Accountant, Reservation
-from finetune.errors import NotPoissonSampled, PlanChanged, UnmarkedStep
+from finetune.errors import (
+    FinetuneError,
+    NotPoissonSampled,
+    PlanChanged,
+    SkippedStep,
+    UnitsMixed,
+    UnmarkedStep,
+)
 from finetune.plan import TrainingPlan
 
 
@@ -96,9 +113,11 @@ class TrainingRun:
     def __init__(self, plan: TrainingPlan, reservation: Reservation) -> None:
         self.plan, self.reservation = plan, reservation
         self._paid = self._noised = False
+        self._rows = 0
         self._loader: DataLoader[Any] | None = None
         self._model: Any = None
         self._optimizer: Any = None
+        self._hooks: list[Any] = []
 
     def make_private(
         self, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
@@ -115,7 +134,9 @@ class TrainingRun:
         Raises:
             NotPoissonSampled: If the dataset cannot be Poisson-sampled, or the loader has a
                 sampler with a meaning of its own.
-            opacus.validators.errors.UnsupportedModuleError: If a layer mixes rows.
+            TypeError: If the optimizer is Opacus's already, or empty batches cannot be made.
+            opacus.validators.errors.UnsupportedModuleError: If a layer, such as batch norm,
+                cannot be used with DP-SGD.
         """
         if isinstance(loader.dataset, IterableDataset):
             raise NotPoissonSampled(
@@ -126,8 +147,9 @@ class TrainingRun:
                 f"the loader draws by {type(loader.sampler).__name__}, which Poisson sampling"
                 " would replace; pass a plain DataLoader over the rows to sample"
             )
+        if isinstance(optimizer, DPOptimizer):
+            raise TypeError("pass the plain optimizer, not the one of an earlier run")
         ModuleValidator.validate(model, strict=True)
-        generator = torch.Generator().manual_seed(secrets.randbits(63))
         rows = loader.dataset
         self._loader = DataLoader(
             rows,
@@ -135,28 +157,30 @@ class TrainingRun:
                 len(rows),  # type: ignore[arg-type]
                 self.plan.sampling_probability,
                 self.plan.steps,
-                generator,
             ),
-            collate_fn=wrap_collate_with_empty(
-                collate_fn=loader.collate_fn,
-                sample_empty_shapes=[(0, *shape_safe(part)) for part in rows[0]],
-                dtypes=[dtype_safe(part) for part in rows[0]],
-            ),
+            collate_fn=_Counted(loader.collate_fn, rows[0]),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
         )
         self._model = GradSampleModule(model, loss_reduction="mean")
-        self._optimizer = DPOptimizer(
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = _Optimizer(
             optimizer,
             noise_multiplier=self.plan.noise_multiplier,
             max_grad_norm=self.plan.max_grad_norm,
             expected_batch_size=self.plan.expected_batch_size,
             loss_reduction="mean",
-            generator=torch.Generator().manual_seed(secrets.randbits(63)),
+            generator=secret_generator(parameters[0].device),
         )
         self._optimizer.attach_step_hook(self._check_step)
-        optimizer.register_step_pre_hook(self._check_update)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._check_update),
+            *(
+                each.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+                for each in parameters
+            ),
+        ]
         return self._model, self._optimizer, self._loader
 
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -167,6 +191,7 @@ class TrainingRun:
 
         Raises:
             NotPoissonSampled: If it is another loader.
+            SkippedStep: If the last batch got no optimizer step.
         """
         if loader is not self._loader:
             raise NotPoissonSampled(
@@ -175,18 +200,26 @@ class TrainingRun:
             )
         rows = iter(loader)
         while self.reservation.remaining:
+            if self._paid:
+                raise SkippedStep(
+                    "the last batch got no optimizer step; take one for every batch, whatever its"
+                    " loss, and for empty ones too"
+                )
             self.reservation.mark()
             self._paid = True
             try:
-                batch = next(rows)
+                self._rows, batch = next(rows)
             except StopIteration:  # an earlier call drew some of the sampler's steps
                 rows = iter(loader)
-                batch = next(rows)
+                self._rows, batch = next(rows)
             yield batch
 
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and the per-sample hooks."""
         self._paid = self._noised = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self._optimizer is not None:
             self._optimizer._step_skip_queue.clear()  # noqa: SLF001
             self._optimizer._is_last_step_skipped = False  # noqa: SLF001
@@ -195,6 +228,15 @@ class TrainingRun:
 
     def _check_step(self, optimizer: Any) -> None:
         """Refuse the update, before it is made, unless it is the one that was paid for."""
+        try:
+            self._refuse_others(optimizer)
+        except FinetuneError:
+            for parameter in optimizer.params:
+                parameter.grad = None
+            raise
+        self._paid, self._noised = False, True
+
+    def _refuse_others(self, optimizer: Any) -> None:
         for name, actual in (
             ("noise_multiplier", optimizer.noise_multiplier),
             ("max_grad_norm", optimizer.max_grad_norm),
@@ -203,16 +245,20 @@ class TrainingRun:
             planned = getattr(self.plan, name)
             if actual != planned:
                 raise PlanChanged(name, planned, actual)
-        if optimizer.accumulated_iterations != 1:
-            raise UnmarkedStep(
-                "gradients of several batches in one step; each batch is a step of its own"
-            )
         if not self._paid:
             raise UnmarkedStep(
                 "no durable mark pays for this step; take one optimizer step for each batch"
                 " that run.batches yields"
             )
-        self._paid, self._noised = False, True
+        if optimizer.accumulated_iterations != 1:
+            raise UnmarkedStep("gradients of several backward passes in one step")
+        samples = {len(gradients) for gradients in optimizer.grad_samples}
+        if samples != {self._rows}:
+            raise UnitsMixed(
+                f"the batch has {self._rows} rows, and trainable layers saw {sorted(samples)}"
+                " samples; each row needs one gradient, so keep rows as the first dimension and"
+                " do not cut them in pieces"
+            )
 
     def _check_update(self, *_: object) -> None:
         """Refuse an update of the wrapped optimizer without clipping and noise."""
@@ -231,23 +277,81 @@ class PoissonSampler(Sampler[list[int]]):
         rows: Number of rows.
         sampling_probability: Of each row in each step; realised to 2**-53.
         steps: Number of batches, empty ones included.
-        generator: Source of randomness.
 
-    >>> sampler = PoissonSampler(4, 1.0, 2, torch.Generator())
-    >>> list(sampler)
+    >>> list(PoissonSampler(4, 1.0, 2))
     [[0, 1, 2, 3], [0, 1, 2, 3]]
     """
 
-    def __init__(
-        self, rows: int, sampling_probability: float, steps: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, rows: int, sampling_probability: float, steps: int) -> None:
         self.rows, self.sampling_probability, self.steps = rows, sampling_probability, steps
-        self._generator = generator
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
         for _ in range(self.steps):
-            drawn = torch.rand(self.rows, generator=self._generator, dtype=torch.float64)
-            yield (drawn < self.sampling_probability).nonzero().reshape(-1).tolist()
+            drawn = generator.random(self.rows) < self.sampling_probability
+            yield np.flatnonzero(drawn).tolist()
+
+
+class _Counted:
+    """Collate rows to (number of rows, batch); a batch without rows has the shape of the others."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], example: Any) -> None:
+        self._collate, self._empty = collate, _without_rows(collate([example]))
+
+    def __call__(self, rows: list[Any]) -> tuple[int, Any]:
+        return len(rows), self._collate(rows) if rows else self._empty
+
+
+class _Optimizer(DPOptimizer):  # type: ignore[misc]
+    """DP-SGD in which a row whose gradient is not finite counts as zero, which a bound needs."""
+
+    def clip_and_accumulate(self) -> None:
+        finite = torch.stack(
+            [gradients.flatten(1).isfinite().all(1) for gradients in self.grad_samples]
+        ).all(0)
+        if not finite.all():
+            for parameter, gradients in zip(self.params, self.grad_samples, strict=True):
+                parameter.grad_sample = gradients.clone()
+                parameter.grad_sample[~finite] = 0
+        super().clip_and_accumulate()
+
+
+def secret_generator(device: torch.device) -> torch.Generator:
+    """Return a generator whose whole state comes from the operating system.
+
+    On the CPU the state of the Mersenne Twister is written out, because ``manual_seed`` uses
+    32 bits of its seed there; elsewhere a seed of 63 bits is used.
+    """
+    generator = torch.Generator(device).manual_seed(secrets.randbits(63))
+    if device.type == "cpu":
+        state = generator.get_state().numpy()
+        words = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), "<u4").astype("<u8")
+        state[_TWISTER_AT : _TWISTER_AT + 8 * _TWISTER_WORDS] = words.view(np.uint8)
+        generator.set_state(torch.from_numpy(state))
+    return generator
+
+
+# Where torch's serialised CPU generator has its words, each in 8 bytes (checked by a test).
+_TWISTER_AT, _TWISTER_WORDS = 24, 624
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _without_rows(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch[:0]
+    if isinstance(batch, Mapping):
+        return {name: _without_rows(part) for name, part in batch.items()}
+    if isinstance(batch, list | tuple):
+        if all(isinstance(part, str | bytes) for part in batch):
+            return []
+        return [_without_rows(part) for part in batch]
+    raise TypeError(
+        f"a batch without rows cannot be made of {type(batch).__name__}: let collate_fn return"
+        " tensors, or lists, tuples and dicts of them"
+    )

@@ -86,7 +86,7 @@ class RetrievalGuard:
             AccountantError: As for ``Accountant.charge``.
         """
         vector = checked_query(query, self._index.dimensions)
-        if not -1.0 <= threshold <= 1.0:
+        if not isinstance(threshold, int | float) or not -1.0 <= threshold <= 1.0:
             raise InvalidQuery(f"threshold must be a cosine in [-1, 1], got {threshold!r}")
         event = Gaussian(noise_multiplier)
         if event.noise_multiplier > _MOST_NOISE:

@@ -111,7 +111,10 @@ def checked_query(query: ArrayLike, dimensions: int) -> NDArray[np.float32]:
     Raises:
         InvalidQuery: If it is anything else.
     """
-    vector = np.asarray(query, dtype=np.float32)
+    try:
+        vector = np.asarray(query, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidQuery(f"the query is not a vector of numbers: {error}") from error
     if vector.shape != (dimensions,):
         raise InvalidQuery(f"the query has shape {vector.shape}, the index needs ({dimensions},)")
     norm = float(np.linalg.norm(vector.astype(np.float64)))

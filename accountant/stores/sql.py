@@ -59,11 +59,12 @@ class SqlStore:
     def __init__(self, location: str | Path) -> None:
         self.url = _url(location)
         self._process = os.getpid()
-        self.engine = create_engine(self.url)
+        self.engine = create_engine(self.url, max_overflow=-1)
         event.listen(self.engine, "connect", _configure)
         event.listen(self.engine, "begin", _begin)
         self._writer = self.engine.execution_options(ledger_write=True)
         self._connection: Connection | None = None
+        self._log: tuple[int, int, int] | None = None
         # What is durable and immutable, or must not go back, remembered between transactions.
         self.prices: dict[tuple[str, Event], tuple[bytes, Price]] = {}
         self.budgets: dict[str, tuple[bytes, Budget]] = {}
@@ -71,6 +72,7 @@ class SqlStore:
         with translated(self.url):
             self._path = _prepare(self.engine, self._writer)
             self._file = _identity(self._path)
+            self._check_file()
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
@@ -84,10 +86,11 @@ class SqlStore:
         """
         with translated(self.url):
             if self._connection is None:
-                self._connection = self._writer.connect()
+                self._connection, self._log = self._writer.connect(), None
             connection = self._connection
             transaction = connection.begin()
         try:
+            self._log = self._log or _identity(f"{self._path}-wal")
             self._check_file()
             tx = SqlTransaction(self, connection)
             yield tx
@@ -98,6 +101,7 @@ class SqlStore:
             raise
         try:
             transaction.commit()
+            self._check_file()
         except BaseException as error:
             self._discard()
             raise OutcomeUnknown(
@@ -139,10 +143,22 @@ class SqlStore:
             )
 
     def _check_file(self) -> None:
-        """Raise if the file at the ledger's path is no longer the one that is open."""
-        if _identity(self._path) != self._file:
+        """Raise if the files at the ledger's path are no longer the ones that are open.
+
+        Closing any other handle on the file in this process drops SQLite's locks; another
+        process may then take the write-ahead log away, and what is committed to it is lost.
+        A second name (hard link) would have a log of its own.
+        """
+        file, log = _identity(self._path), _identity(f"{self._path}-wal")
+        if file is None or file != self._file or (self._log is not None and log != self._log):
             raise LedgerUnavailable(
-                f"{self._path} was moved, deleted or replaced while it was open; open it again"
+                f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
+                " open; open it again, and never open, copy or hash the file in a process that"
+                " has it open as a ledger"
+            )
+        if file[2] != 1:
+            raise LedgerUnavailable(
+                f"{self._path} has a second name (hard link); remove that first"
             )
 
     def check_process(self) -> None:
@@ -240,9 +256,10 @@ def _is_ledger(connection: Connection, path: str) -> bool:
     return True
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """Return device, inode and number of names of a file, or None if there is none."""
     try:
         found = Path(path).stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_nlink

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, bindparam, insert, select, update
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from accountant.budgets import Budget
 from accountant.errors import LedgerCorrupt, LedgerUnavailable, UnknownBudget
@@ -280,6 +280,8 @@ def translated(url: URL) -> Iterator[None]:
         raise LedgerUnavailable(f"{url.database}: {error.orig}; nothing was charged") from error
     except DatabaseError as error:
         raise LedgerCorrupt(f"{url.database}: {error.orig}") from error
+    except SQLAlchemyError as error:
+        raise LedgerUnavailable(f"{url.database}: {error}; nothing was charged") from error
 
 
 def _state(book: Book) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _summary(outcome: Outcome, statement: Statement, refused: BudgetExceeded, pa
     shares = {activity.name: activity.share for activity in statement.activities}
     return f"""
 epsledger demo: BBC News, {outcome.records} records of {statement.budget.units} articles, one budget
-  guarantee   ({limits.epsilon:g}, {limits.delta:g})-DP for life, per {statement.budget.unit}, \
+  guarantee   {limits} for life, per {statement.budget.unit}, \
 {limits.relation}, adaptive operations
   used        {statement.share:.1%} of the limits: training {shares["training"]:.1%}, \
 votes {shares["retrieval/vote"]:.1%}
