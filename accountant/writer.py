@@ -71,7 +71,8 @@ class Writer:
         try:
             job = self._jobs.get()
             while job is not None:
-                job = self._jobs.get() if self._commit(job) else None
+                self._batch = [job]
+                job = self._jobs.get() if self._commit() else None
         finally:
             self._turn_away()
 
@@ -92,10 +93,9 @@ class Writer:
             if job is not None:
                 job[1].set_exception(LedgerUnavailable("the writer thread has ended"))
 
-    def _commit(self, first: _Job) -> bool:
-        """Carry out one batch; return False when the end of the queue was in it."""
-        self._batch = batch = [first]
-        last = False
+    def _commit(self) -> bool:
+        """Carry out one batch from the job in hand; return False if the queue ended in it."""
+        batch, last = self._batch, False
         outcomes: list[Outcome | AccountantError | DPError] = []
         try:
             with self._store.transaction() as tx:

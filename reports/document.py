@@ -113,7 +113,7 @@ def _guarantee(statement: Statement) -> str:
     }[limits.relation.value]
     return (
         f"The outputs of all operations charged to the budget '{budget.name}', for its whole life,"
-        f" are together ({limits.epsilon:g}, {limits.delta:g})-differentially private under"
+        f" are together ({limits.epsilon!r}, {limits.delta!r})-differentially private under"
         f" {neighbors}, however each operation was chosen from the outputs before it. Enforced by a"
         f" privacy filter ({limits.accounting} accounting, version {limits.version}) that charges"
         " an operation before it may touch private data, or refuses it."

@@ -64,14 +64,14 @@ class SqlStore:
         event.listen(self.engine, "begin", _begin)
         self._writer = self.engine.execution_options(ledger_write=True)
         self._connection: Connection | None = None
-        self._log: tuple[int, int, int] | None = None
+        self._log: tuple[int, int] | None = None
         # What is durable and immutable, or must not go back, remembered between transactions.
         self.prices: dict[tuple[str, Event], tuple[bytes, Price]] = {}
         self.budgets: dict[str, tuple[bytes, Budget]] = {}
         self.seen: dict[str, tuple[int, bytes]] = {}
         with translated(self.url):
             self._path = _prepare(self.engine, self._writer)
-            self._file = _identity(self._path)
+            self._file = _inode(self._path)
             self._check_file()
 
     @contextmanager
@@ -90,7 +90,7 @@ class SqlStore:
             connection = self._connection
             transaction = connection.begin()
         try:
-            self._log = self._log or _identity(f"{self._path}-wal")
+            self._log = self._log or _inode(f"{self._path}-wal")
             self._check_file()
             tx = SqlTransaction(self, connection)
             yield tx
@@ -149,14 +149,14 @@ class SqlStore:
         process may then take the write-ahead log away, and what is committed to it is lost.
         A second name (hard link) would have a log of its own.
         """
-        file, log = _identity(self._path), _identity(f"{self._path}-wal")
-        if file is None or file != self._file or (self._log is not None and log != self._log):
+        moved = _inode(self._path) != self._file
+        if moved or (self._log is not None and _inode(f"{self._path}-wal") != self._log):
             raise LedgerUnavailable(
                 f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
                 " open; open it again, and never open, copy or hash the file in a process that"
                 " has it open as a ledger"
             )
-        if file[2] != 1:
+        if Path(self._path).stat().st_nlink != 1:
             raise LedgerUnavailable(
                 f"{self._path} has a second name (hard link); remove that first"
             )
@@ -256,10 +256,10 @@ def _is_ledger(connection: Connection, path: str) -> bool:
     return True
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
-    """Return device, inode and number of names of a file, or None if there is none."""
+def _inode(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file, or None if there is none."""
     try:
         found = Path(path).stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino, found.st_nlink
+    return found.st_dev, found.st_ino

@@ -92,3 +92,9 @@ def test_shapes(size: int) -> None:
     noise = gaussian(size, 1.0)
     assert noise.shape == (size,)
     assert noise.dtype == np.float64
+
+
+def test_tails_reach_past_twelve_standard_deviations(monkeypatch) -> None:
+    """With 63 bits they would end at nine: outputs that only one of two neighbors can have."""
+    monkeypatch.setattr("dp.sampling.os.urandom", bytes)
+    assert abs(gaussian(1, 1.0)[0]) > 12

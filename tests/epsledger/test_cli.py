@@ -1,6 +1,7 @@
 """The command: each sub-command on a real ledger, its output, its exit code."""
 
 import json
+import re
 import sqlite3
 
 import pytest
@@ -44,7 +45,7 @@ def test_create_list_show(news, ledger):
     charge(ledger, 95)
     assert "article" in news("budget", "list")
     shown = news("budget", "show", "news")
-    assert "(3, 1e-06)-DP for life, per article under add_remove, adaptive accounting 1" in shown
+    assert "(3.0, 1e-06)-DP for life, per article under add_remove, adaptive accounting 1" in shown
     assert "survey" in shown
     assert "9.97%" in shown
 
@@ -53,7 +54,7 @@ def test_pure_budget(call):
     told = call(
         "budget", "create", "p", "--epsilon", "1", "--unit", "patient", "--relation", "replace_one"
     )
-    assert "(1, 0)-DP per patient under replace_one" in told
+    assert "(1.0, 0.0)-DP per patient under replace_one" in told
 
 
 def test_plan_spends_nothing_and_says_what_fits(news, ledger):
@@ -136,6 +137,32 @@ def test_report(news, ledger, tmp_path):
 )
 def test_bad_calls_say_what_is_wrong(news, words, code, message):
     assert message in news(*words, code=code)
+
+
+def test_what_callers_wrote_is_not_markup(news, ledger):
+    with Accountant.open(ledger) as accountant:
+        accountant.charge("news", Gaussian(50.0), unit="article", activity="[/b][red]x[/red]")
+    assert "[/b][red]x[/red]" in news("budget", "show", "news")
+    assert "[/b][red]x[/red]" in news("ledger", "log", "news")
+
+
+def test_parameters_and_noise_are_never_shown_too_small(call):
+    told = call(
+        "budget",
+        "create",
+        "odd",
+        "--epsilon",
+        "8.0000049",
+        "--delta",
+        "1.0000049e-6",
+        "--unit",
+        "a",
+    )
+    assert "(8.0000049, 1.0000049e-06)-DP" in told
+    for uses in range(1, 60, 7):
+        told = call("plan", "odd", "--gaussian", "500", "--uses", str(uses))
+        (noise,) = re.findall(r"smallest noise multiplier for \d+ uses is (\S+)", told)
+        call("plan", "odd", "--gaussian", noise, "--uses", str(uses))
 
 
 def test_a_mistyped_path_creates_no_ledger(call, ledger):

@@ -6,14 +6,23 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from accountant import Accountant, BudgetExceeded, UnitMismatch
 from dp import Gaussian, PoissonSampled, adaptive
-from finetune import NotPoissonSampled, PlanChanged, TrainingPlan, UnmarkedStep, training_run
-from finetune.opacus import PoissonSampler
+from finetune import (
+    NotPoissonSampled,
+    PlanChanged,
+    SkippedStep,
+    TrainingPlan,
+    UnitsMixed,
+    UnmarkedStep,
+    training_run,
+)
+from finetune.opacus import PoissonSampler, secret_generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 UNITS = 200
@@ -39,7 +48,8 @@ def plan(steps=10, **changes):
 
 def parts(rows):
     model = torch.nn.Linear(5, 2)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(rows)
+    loader = DataLoader(rows) if rows else None
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), loader
 
 
 def learn(model, optimizer, batch):
@@ -231,7 +241,7 @@ def test_noise_does_not_follow_the_script_s_seed(accountant, rows):
 
 
 def test_poisson_samples_have_the_planned_rate_and_are_independent():
-    sampler = PoissonSampler(1000, 0.1, 500, torch.Generator().manual_seed(1))
+    sampler = PoissonSampler(1000, 0.1, 500)
     drawn = torch.zeros(500, 1000)
     for step, indices in enumerate(sampler):
         drawn[step, indices] = 1
@@ -241,6 +251,190 @@ def test_poisson_samples_have_the_planned_rate_and_are_independent():
     assert 60 < drawn.sum(1).var().item() < 130
     shuffled = torch.stack([torch.randperm(1000) < 100 for _ in range(500)]).float()
     assert shuffled.sum(1).var().item() < 60
+
+
+def test_a_tiny_sampling_probability_is_not_rounded_up():
+    """In single precision a row would be drawn 60 times too often at 1e-9: 6 draws, not 0.1."""
+    drawn = sum(map(len, PoissonSampler(1_000_000, 1e-9, 100)))
+    assert drawn <= 3
+    generator = torch.Generator().manual_seed(0)
+    single = sum(int((torch.rand(1_000_000, generator=generator) < 1e-9).sum()) for _ in range(100))
+    assert single > 3
+
+
+def test_samplers_do_not_repeat_under_one_seed():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        draws.append(list(PoissonSampler(1000, 0.5, 2)))
+    assert draws[0] != draws[1]
+
+
+def test_the_noise_generator_takes_all_of_its_state_from_the_system(monkeypatch):
+    """A change in any word of the system's bytes changes the noise; a seed's high bits do not."""
+
+    def noise(flipped):
+        given = bytearray(range(256)) * 10
+        given[flipped] ^= 1
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "urandom", lambda size: bytes(given[:size]))
+            return torch.randn(2000, generator=secret_generator(torch.device("cpu")))
+
+    base = noise(2559)  # past the 2,496 bytes that are used
+    assert torch.equal(base, noise(2559))
+    for flipped in (8, 100, 1000, 2000, 2495):
+        assert not torch.equal(base, noise(flipped))
+    seeds = (123, 123 + (77777 << 32))
+    control = [torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert torch.equal(*control)
+
+
+def test_the_noise_is_drawn_from_that_generator(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        _, optimizer, _ = run.make_private(*parts(rows))
+        assert optimizer.generator is not None
+        assert optimizer.generator is not torch.default_generator
+
+
+class Watching(torch.utils.data.Dataset):
+    """Rows that ask the ledger, when they are read, how many steps are marked."""
+
+    def __init__(self, rows, accountant):
+        self.rows, self.accountant, self.seen = rows, accountant, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, at):
+        open_reservations = self.accountant.statement("b").open_reservations
+        self.seen.append(open_reservations[0][2])
+        return self.rows[at]
+
+
+def test_a_step_is_marked_before_any_row_of_it_is_read(accountant, rows):
+    watching = Watching(rows, accountant)
+    model, optimizer, _ = parts(rows)
+    with training_run(accountant, "b", plan(steps=3), unit="row") as run:
+        model, optimizer, loader = run.make_private(model, optimizer, DataLoader(watching))
+        watching.seen.clear()  # the shape of one row was read
+        for step, batch in enumerate(run.batches(loader)):
+            assert set(watching.seen) <= {step + 1}
+            watching.seen.clear()
+            learn(model, optimizer, batch)
+
+
+def test_a_batch_without_a_step_ends_the_run(accountant, rows):
+    with (
+        pytest.raises(SkippedStep, match="whatever its loss"),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        _, _, loader = run.make_private(*parts(rows))
+        for _ in run.batches(loader):
+            pass
+    assert accountant.statement("b").open_reservations == ((2, 10, 1),)
+
+
+def test_two_backward_passes_for_one_step_change_no_weight(accountant, rows):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        batch = next(iter(run.batches(loader)))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(UnmarkedStep, match="several backward passes"):
+            optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_rows_cut_in_pieces_change_no_weight(accountant):
+    """A token head sees 8 samples for each row: clipped apiece, one row would count 8 times."""
+    rows = TensorDataset(torch.randn(UNITS, 8, 5))
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        (tokens,) = next(iter(run.batches(loader)))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        model(tokens.reshape(-1, 5)).square().mean().backward()
+        with pytest.raises(UnitsMixed, match="samples"):
+            optimizer.step()
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def wide_open(accountant):
+    """A budget in which almost no noise fits, so that sums can be read off the weights."""
+    accountant.create_budget("open", adaptive(1e6, 1e-5), unit="row")
+
+
+def moved(accountant, rows, scale=1.0):
+    """Train one step on every row, with next to no noise; return how far the weights moved."""
+    every = TrainingPlan(5e-3, 1.0, steps=1, expected_batch_size=1)
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.item()
+    with training_run(accountant, "open", every, unit="row") as run:
+        private, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
+        for (features,) in run.batches(loader):
+            (scale * private(features)).mean().backward()
+            optimizer.step()
+    return before - model.weight.item()
+
+
+def test_a_row_counts_for_at_most_the_clipping_norm_however_many_rows_there_are(accountant):
+    wide_open(accountant)
+    for count in (1, 4):
+        rows = TensorDataset(torch.full((count, 1), 0.5))
+        assert moved(accountant, rows) == pytest.approx(0.5 * count, abs=0.04)
+        assert moved(accountant, rows, scale=1e6) == pytest.approx(count, abs=0.04)
+
+
+def test_a_row_that_is_not_finite_counts_as_zero(accountant):
+    wide_open(accountant)
+    for bad in (float("inf"), float("nan")):
+        rows = TensorDataset(torch.tensor([[0.5], [bad], [0.5]]))
+        assert moved(accountant, rows) == pytest.approx(1.0, abs=0.04)
+
+
+def test_raw_gradients_stay_nowhere(accountant, rows):
+    """Not for a second optimizer, and not where a parameter is frozen before the step."""
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        theirs, original, rows_loader = parts(rows)
+        model, _, loader = run.make_private(theirs, original, rows_loader)
+        batch = next(iter(run.batches(loader)))
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(parameter.grad_sample is not None for parameter in model.parameters())
+
+
+def test_an_optimizer_serves_a_second_run_and_public_data_after(accountant, rows):
+    model, optimizer, loader = parts(rows)
+    for _ in range(2):
+        with training_run(accountant, "b", plan(steps=1), unit="row") as run:
+            private, wrapped, batches = run.make_private(model, optimizer, loader)
+            for batch in run.batches(batches):
+                learn(private, wrapped, batch)
+        with pytest.raises(TypeError, match="plain optimizer"):
+            run.make_private(model, wrapped, loader)
+    before = model.weight.detach().clone()
+    learn(model, optimizer, rows[:10])
+    assert not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize(
+    "shape", [lambda x: x, lambda x: {"x": x, "name": "a"}, lambda x: (x, {"y": [x]})]
+)
+def test_a_first_batch_may_be_empty_whatever_its_shape(accountant, shape):
+    rows = [shape(torch.randn(5)) for _ in range(10)]
+    none = TrainingPlan(1.0, 1e-9, steps=1, expected_batch_size=1)
+    model, optimizer, _ = parts(None)
+    with training_run(accountant, "b", none, unit="row") as run:
+        model, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
+        for batch in run.batches(loader):
+            tensor = batch["x"] if isinstance(batch, dict) else batch
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            assert tensor.shape == (0, 5)
+            model(tensor).sum().backward()
+            optimizer.step()
 
 
 def test_empty_batches_are_charged_and_noised(accountant, rows):

@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_ledger(spent):
 
 def test_the_claim_names_unit_relation_and_parameters(spent):
     claim = content(spent)["guarantee"]
-    for words in ("(3, 1e-06)", "adding or removing one article", "for its whole life", "chosen"):
+    for words in ("(3.0, 1e-06)", "adding or removing one article", "for its whole life", "chosen"):
         assert words in claim
 
 

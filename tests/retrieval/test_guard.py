@@ -118,6 +118,25 @@ def test_the_noise_is_the_charged_one(accountant, index, guard):
     assert not fits(15.0 * 1.5)
 
 
+def test_labels_get_noise_of_their_own(accountant, index):
+    accountant.create_budget("wide", adaptive(1000.0, 1e-6), unit="article")
+    guard = RetrievalGuard(accountant, "wide", index, unit="article")
+    answers = [guard.vote(QUERY, threshold=0.3, noise_multiplier=15.0) for _ in range(400)]
+    counts = np.array([list(answer.counts.values()) for answer in answers])
+    # Of 400 pairs, an independent correlation passes 0.3 with probability 1e-9; one draw has 1.
+    assert np.abs(np.corrcoef(counts.T)[np.triu_indices(3, 1)]).max() < 0.3
+
+
+def test_a_key_belongs_to_one_version_of_the_corpus(accountant, guard):
+    asked = {"threshold": 0.3, "noise_multiplier": 20.0, "key": "q-1"}
+    guard.vote(QUERY, **asked)
+    changed = PrivateIndex(
+        [QUERY], units=["u"], labels=["x"], public_labels=["x", "y", "z"], generation="2"
+    )
+    with pytest.raises(KeyReused):
+        RetrievalGuard(accountant, "b", changed, unit="article").vote(QUERY, **asked)
+
+
 def test_a_key_returns_the_same_answer_uncharged(accountant, index, guard):
     first = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
     seq = accountant.statement("b").seq
@@ -158,6 +177,10 @@ def test_an_answer_that_was_lost_is_not_drawn_again(accountant, index, guard, mo
         ({"query": np.zeros(16)}, InvalidQuery, "norm 0"),
         ({"query": np.full(4, 0.5)}, InvalidQuery, r"shape \(4,\)"),
         ({"threshold": 1.5}, InvalidQuery, "threshold"),
+        ({"threshold": "0.5"}, InvalidQuery, "threshold"),
+        ({"query": "headline"}, InvalidQuery, "not a vector of numbers"),
+        ({"query": [[1.0], [1.0, 2.0]]}, InvalidQuery, "not a vector of numbers"),
+        ({"noise_multiplier": 1e16}, InvalidQuery, "at most"),
         ({"threshold": float("nan")}, InvalidQuery, "threshold"),
         ({"noise_multiplier": float("nan")}, InvalidParameter, "noise_multiplier"),
         ({"noise_multiplier": 0.0}, InvalidParameter, "noise_multiplier"),
