@@ -309,13 +309,16 @@ class _Optimizer(DPOptimizer):  # type: ignore[misc]
     """DP-SGD in which a row whose gradient is not finite counts as zero, which a bound needs."""
 
     def clip_and_accumulate(self) -> None:
+        super().clip_and_accumulate()
+        if all(parameter.summed_grad.isfinite().all() for parameter in self.params):
+            return
         finite = torch.stack(
             [gradients.flatten(1).isfinite().all(1) for gradients in self.grad_samples]
         ).all(0)
-        if not finite.all():
-            for parameter, gradients in zip(self.params, self.grad_samples, strict=True):
-                parameter.grad_sample = gradients.clone()
-                parameter.grad_sample[~finite] = 0
+        for parameter, gradients in zip(self.params, self.grad_samples, strict=True):
+            parameter.grad_sample = gradients.clone()
+            parameter.grad_sample[~finite] = 0
+            parameter.summed_grad = None
         super().clip_and_accumulate()
 
 
