@@ -1,7 +1,7 @@
 """The demo's pipeline, in the process that gets killed: budget, fine-tune, votes, refusal.
 
-Every number below was fixed before the private articles were first used: sampling and
-noise from the literature's defaults, the learning rate from runs on held-out articles only.
+Every number below was fixed before the private split was first used: noise and threshold by an
+earlier study of this public corpus, the learning rate by runs on held-out articles.
 """
 
 from __future__ import annotations
