@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from fractions import Fraction
 from random import Random
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
+from scipy import stats
 
 from dp import (
     Composed,
@@ -258,6 +260,14 @@ def test_limits_are_rounded_down(budget: Filter) -> None:
             assert spent <= shares["mu_squared"] * converted
 
 
+def delta_of_responses(each: float, uses: int, epsilon: float) -> float:
+    """Return the exact delta at epsilon of randomized responses, the worst pure-DP mechanisms."""
+    right = np.arange(uses + 1)
+    losses = (2 * right - uses) * each
+    chances = stats.binom.pmf(right, uses, 1 / (1 + math.exp(-each)))
+    return float(np.sum(chances * -np.expm1(np.minimum(0.0, epsilon - losses))))
+
+
 @examples(60)
 @given(strategies.budgets)
 def test_what_is_reported_is_within_its_bounds(budget: Filter) -> None:
@@ -268,7 +278,8 @@ def test_what_is_reported_is_within_its_bounds(budget: Filter) -> None:
     assert fits >= 99
     assert 0 < budget.share(budget.charge(price, fits)) <= 1
     spent = budget.epsilon_if_fixed(budget.charge(price, fits))
-    assert budget.epsilon * 0.2 < spent <= budget.epsilon
+    assert spent <= budget.epsilon
+    assert delta_of_responses(budget.epsilon / 100, fits, spent) <= budget.delta * (1 + 1e-9)
 
 
 # --- records ------------------------------------------------------------------------------------
