@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,18 @@ from accountant.stores.schema import unpack_lanes
 from accountant.stores.sql import SqlStore
 from accountant.verify import Verification, verify
 from accountant.writer import Writer
-from dp import Event, Filter, NeighboringRelation, Price, smallest_noise, uses_that_fit
+from dp import (
+    Event,
+    Filter,
+    Gaussian,
+    NeighboringRelation,
+    PoissonSampled,
+    Price,
+    after,
+    frontier,
+    smallest_noise,
+    uses_that_fit,
+)
 
 _ADD_REMOVE = NeighboringRelation.ADD_REMOVE
 
@@ -66,7 +77,7 @@ class Accountant:
 
         Args:
             name: Of the budget.
-            filter: Its limits, from :func:`dp.pure` or :func:`dp.adaptive`.
+            filter: Its limits, from :func:`dp.pure`, :func:`dp.adaptive` or :func:`dp.planned`.
             unit: The privacy unit, for instance ``article``.
             units: Number of privacy units where it is public; delta must be below 1/units.
 
@@ -183,13 +194,34 @@ class Accountant:
         budget, totals = self._now(name)
         return smallest_noise(budget.filter, totals, with_noise, uses=uses)
 
-    def share_after(self, name: str, event: Event, uses: int) -> float:
-        """Return the used share of the limits after ``uses`` more uses; above 1 they do not fit."""
-        budget, totals = self._now(name)
-        price = budget.filter.price(event)
-        return budget.filter.share(
-            tuple(total + uses * cost for total, cost in zip(totals, price, strict=True))
+    def steps_that_fit(
+        self, name: str, *, sampling_probability: float, noise_multiplier: float
+    ) -> int:
+        """Return how many DP-SGD steps with Poisson samples would fit now; spends nothing."""
+        return self.uses_that_fit(
+            name, PoissonSampled(sampling_probability, Gaussian(noise_multiplier))
         )
+
+    def frontier(
+        self, name: str, with_noise: Callable[[float], Event], noise_multipliers: Sequence[float]
+    ) -> tuple[tuple[float, int], ...]:
+        """Return (noise multiplier, uses that would fit now) for each noise multiplier."""
+        budget, totals = self._now(name)
+        return frontier(budget.filter, totals, with_noise, noise_multipliers)
+
+    def share_after(self, name: str, events: Iterable[tuple[Event, int]]) -> float | None:
+        """Return the used share of the limits after the events, in this order; spends nothing.
+
+        Args:
+            name: Of the budget.
+            events: Each with its number of uses.
+
+        Returns:
+            The share, from 0 to 1, or None if one of the events would be refused.
+        """
+        budget, totals = self._now(name)
+        reached = after(budget.filter, totals, events)
+        return None if reached is None else budget.filter.share(reached)
 
     def verify(self) -> Verification:
         """Replay the whole ledger and compare it with itself."""

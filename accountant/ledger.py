@@ -31,8 +31,8 @@ from accountant.errors import (
     UnitMismatch,
 )
 from dp import Event, Filter, NeighboringRelation, Price, validate
+from dp.accountings import limits_hold
 from dp.codec import digest
-from dp.filters import limits_hold
 
 MAX_TALLIES = 64
 """Distinct refusals counted apart between two other entries; the rest share one count."""
@@ -50,7 +50,7 @@ class Open:
         if Filter.from_record(limits.to_record()) != limits or not limits_hold(limits):
             raise InvalidRequest(
                 f"budget {self.budget.name!r}: its limits are not those of its epsilon and delta;"
-                " make the filter with dp.pure or dp.adaptive"
+                " make the filter with dp.pure, dp.adaptive or dp.planned"
             )
 
 
@@ -164,12 +164,13 @@ class Receipt:
 
 @dataclass(slots=True)
 class Hold:
-    """A reservation as the ledger sees it."""
+    """A reservation as the ledger sees it; ``charged`` is what it added to the lanes."""
 
     seq: int
     event: bytes
     uses: int
     holder: str
+    charged: Price
     marked: int = 0
     open: bool = True
 
@@ -231,14 +232,12 @@ class Book:
         self.appended.append((entry, body, self.head))
         return Receipt(self.budget.name, self.seq, self.head.hex())
 
-    def with_hold(self, price: Price, before: int, after: int) -> Price:
-        """Return the totals with a contribution of ``before`` uses replaced by one of ``after``."""
-        charge = self.budget.filter.charge
+    def settled(self, hold: Hold, price: Price) -> Price:
+        """Return the totals with a reservation's contribution recomputed from its marks."""
+        kept = self.budget.filter.part(hold.charged, price, hold.marked)
         return tuple(
-            total - old + new
-            for total, old, new in zip(
-                self.totals, charge(price, before), charge(price, after), strict=True
-            )
+            total - held + left
+            for total, held, left in zip(self.totals, hold.charged, kept, strict=True)
         )
 
 
@@ -363,9 +362,10 @@ def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
 def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
     book = _checked(tx, ask)
     event, price = tx.price(book, ask.event)
+    charged = book.budget.filter.charge(book.totals, price, ask.uses)
     outcome = _admit(tx, book, ask, Kind.RESERVE, event, price, now)
     if isinstance(outcome, Receipt):
-        tx.add_hold(ask.budget, Hold(outcome.seq, event, ask.uses, ask.holder))
+        tx.add_hold(ask.budget, Hold(outcome.seq, event, ask.uses, ask.holder, charged))
     return outcome
 
 
@@ -373,8 +373,7 @@ def _admit(
     tx: Transaction, book: Book, ask: Ask, kind: Kind, event: bytes, price: Price, now: int
 ) -> Outcome:
     limits = book.budget.filter
-    contribution = limits.charge(price, ask.uses)
-    totals = tuple(map(sum, zip(book.totals, contribution, strict=True)))
+    totals = limits.after(book.totals, price, ask.uses)
     if not limits.admits(totals):
         _refuse(tx, book, ask, event, now)
         return BudgetExceeded(
@@ -405,7 +404,7 @@ def _refuse(tx: Transaction, book: Book, ask: Ask, event: bytes, now: int) -> No
 
 def _end(tx: Transaction, book: Book, hold: Hold, kind: Kind, now: int) -> Receipt:
     price = tx.frozen_price(book, hold.event)
-    book.totals = book.with_hold(price, hold.uses, hold.marked)
+    book.totals = book.settled(hold, price)
     hold.open = False
     return book.append(kind, now, event=hold.event, uses=hold.marked, reservation=hold.seq)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import sub
 
 from accountant.budgets import Budget
 from accountant.entries import NO_EVENT, Entry, Kind, unpack
 from accountant.errors import LedgerCorrupt
+from accountant.ledger import Hold
 from accountant.stores.schema import unpack_lanes
 from accountant.stores.snapshot import Snapshot
-from dp import Event, Filter, MalformedEvent, Price
+from dp import Event, MalformedEvent, Price
 from dp.codec import decode
 
 
@@ -64,8 +66,7 @@ class Statement:
         activities: By name.
         refused: Operations turned down, pending ones included.
         open_reservations: (seq, uses, marked) of each.
-        epsilon_if_fixed: Epsilon at the budget's delta if the operations had been fixed in
-            advance; not a guarantee for operations chosen after seeing outputs.
+        spent: Each event that was charged or reserved and not returned, with its uses.
     """
 
     budget: Budget
@@ -76,7 +77,7 @@ class Statement:
     activities: tuple[Activity, ...]
     refused: int
     open_reservations: tuple[tuple[int, int, int], ...]
-    epsilon_if_fixed: float
+    spent: tuple[tuple[Event, int], ...]
 
 
 def read_statement(snapshot: Snapshot, name: str) -> Statement:
@@ -111,31 +112,33 @@ def _fold(
     lanes: dict[str, Price] = {}
     uses: dict[str, int] = {}
     refused: dict[str, int] = {}
-    reserved: dict[int, tuple[Entry, int]] = {}
+    spent: dict[bytes, int] = {}
+    reserved: dict[int, tuple[str, Hold]] = {}
 
-    def add(activity: str, event: bytes, before: int, after: int) -> None:
+    def add(activity: str, event: bytes, change: Price, times: int) -> None:
         nonlocal totals
-        old, new = (limits.charge(prices[event], n) for n in (before, after))
-        change = [b - a for a, b in zip(old, new, strict=True)]
         totals = _added(totals, change)
         lanes[activity] = _added(lanes.get(activity, nothing), change)
-        uses[activity] = uses.get(activity, 0) + after - before
+        uses[activity] = uses.get(activity, 0) + times
+        spent[event] = spent.get(event, 0) + times
 
     seq = 0
     for entry in entries:
         seq = entry.seq
         match entry.kind:
-            case Kind.CHARGE:
-                add(entry.activity, entry.event, 0, entry.uses)
-            case Kind.RESERVE:
-                add(entry.activity, entry.event, 0, entry.uses)
-                reserved[entry.seq] = (entry, 0)
+            case Kind.CHARGE | Kind.RESERVE:
+                charged = limits.charge(totals, prices[entry.event], entry.uses)
+                add(entry.activity, entry.event, charged, entry.uses)
+                if entry.kind is Kind.RESERVE:
+                    hold = Hold(entry.seq, entry.event, entry.uses, "", charged)
+                    reserved[entry.seq] = entry.activity, hold
             case Kind.MARK:
-                opened, marked = reserved[entry.reservation]
-                reserved[entry.reservation] = (opened, marked + entry.uses)
+                reserved[entry.reservation][1].marked += entry.uses
             case Kind.SETTLE | Kind.VOID:
-                opened, marked = reserved.pop(entry.reservation)
-                add(opened.activity, opened.event, opened.uses, marked)
+                activity, hold = reserved.pop(entry.reservation)
+                kept = limits.part(hold.charged, prices[hold.event], hold.marked)
+                change = tuple(map(sub, kept, hold.charged))
+                add(activity, hold.event, change, hold.marked - hold.uses)
             case Kind.REFUSE:
                 refused[entry.activity] = refused.get(entry.activity, 0) + entry.times
             case Kind.OPEN:
@@ -145,7 +148,6 @@ def _fold(
     for key, (times, _, _) in pending.items():
         activity = key.split(":", 2)[2]
         refused[activity] = refused.get(activity, 0) + times
-    fullest = _roomiest(limits, totals)
     return Statement(
         budget,
         seq,
@@ -156,24 +158,16 @@ def _fold(
             Activity(
                 name,
                 uses.get(name, 0),
-                lanes[name][fullest] / limits.limits[fullest] if name in lanes else 0.0,
+                limits.share_of(lanes[name], totals) if name in lanes else 0.0,
                 refused.get(name, 0),
             )
             for name in sorted(lanes.keys() | refused.keys())
         ),
         sum(refused.values()),
-        tuple((seq, opened.uses, marked) for seq, (opened, marked) in reserved.items()),
-        limits.epsilon_if_fixed(totals),
+        tuple((seq, hold.uses, hold.marked) for seq, (_, hold) in reserved.items()),
+        tuple((events[event], times) for event, times in spent.items() if times),
     )
 
 
 def _added(totals: Price, change: Iterable[int]) -> Price:
     return tuple(map(sum, zip(totals, change, strict=True)))
-
-
-def _roomiest(limits: Filter, totals: Price) -> int:
-    """Return the witness with the smallest used share, among those that can admit anything."""
-    lanes = range(len(totals))
-    usable = [at for at in lanes if limits.limits[at] > 0 and limits.lanes[at] != "delta"]
-    spending = [at for at in usable if totals[at]] or usable
-    return min(spending, key=lambda at: totals[at] / limits.limits[at])

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import sub
 from typing import Any
 
 from accountant.budgets import Budget
-from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, unpack
+from accountant.entries import GENESIS, NO_EVENT, Kind, chain, unpack
 from accountant.errors import LedgerCorrupt
+from accountant.ledger import Hold
 from accountant.stores.schema import unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import DPError, Price
+from dp.accountings import limits_hold
 from dp.codec import decode, digest
-from dp.filters import limits_hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed)
             yield f"event {stored.digest.hex()} is not priced as {event!r}"
         prices[stored.digest] = price
     charges: dict[int, bytes] = {}
-    reserved: dict[int, tuple[Entry, int, bool]] = {}
+    reserved: dict[int, Hold] = {}
     for stored in snapshot.entries(name):
         at = f"entry {stored.seq}"
         if not isinstance(stored.seq, int) or not isinstance(stored.digest, bytes):
@@ -130,31 +132,29 @@ def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed)
             continue
         if entry.kind in (Kind.CHARGE, Kind.RESERVE):
             charges[entry.seq] = stored.digest
-            replayed.totals = _moved(
-                limits.charge(prices[entry.event], entry.uses), replayed.totals
-            )
+            charged = limits.charge(replayed.totals, prices[entry.event], entry.uses)
+            replayed.totals = _moved(charged, replayed.totals)
             if entry.kind is Kind.RESERVE:
-                reserved[entry.seq] = (entry, 0, True)
+                reserved[entry.seq] = Hold(entry.seq, entry.event, entry.uses, "", charged)
             if not limits.admits(replayed.totals):
                 yield f"{at}: exceeds the budget"
         elif entry.kind in (Kind.MARK, Kind.SETTLE, Kind.VOID):
-            opened, marked, is_open = reserved.get(entry.reservation, (entry, 0, False))
-            if not is_open or opened.event != entry.event:
+            hold = reserved.get(entry.reservation)
+            if hold is None or not hold.open or hold.event != entry.event:
                 yield f"{at}: there is no open reservation {entry.reservation} of its event"
                 continue
             if entry.kind is Kind.MARK:
-                marked += entry.uses
-                if marked > opened.uses:
-                    yield f"{at}: marks more than reservation {opened.seq} has"
-            elif entry.uses != marked or (entry.kind is Kind.VOID and marked):
-                yield f"{at}: returns uses of reservation {opened.seq} that were marked"
-            else:
-                price = prices[entry.event]
-                returned = limits.charge(price, opened.uses)
-                kept = limits.charge(price, marked)
-                change = tuple(b - a for a, b in zip(returned, kept, strict=True))
-                replayed.totals = _moved(change, replayed.totals)
-            reserved[opened.seq] = (opened, marked, entry.kind is Kind.MARK)
+                hold.marked += entry.uses
+                if hold.marked > hold.uses:
+                    yield f"{at}: marks more than reservation {hold.seq} has"
+                continue
+            hold.open = False
+            if entry.uses != hold.marked or (entry.kind is Kind.VOID and hold.marked):
+                yield f"{at}: returns uses of reservation {hold.seq} that were marked"
+                continue
+            kept = limits.part(hold.charged, prices[entry.event], hold.marked)
+            change = tuple(map(sub, kept, hold.charged))
+            replayed.totals = _moved(change, replayed.totals)
     yield from _mismatches(snapshot, budget, row, replayed, reserved, charges)
 
 
@@ -163,7 +163,7 @@ def _mismatches(
     budget: Budget,
     row: Any,
     replayed: _Replayed,
-    reserved: dict[int, tuple[Entry, int, bool]],
+    reserved: dict[int, Hold],
     charges: dict[int, bytes],
 ) -> Iterator[str]:
     """Compare what the entries came to with what is stored beside them."""
@@ -180,12 +180,12 @@ def _mismatches(
     if unpack_lanes(row.totals) != replayed.totals:
         yield "the stored totals are not the sums of the entries"
     stored_holds = {
-        held.seq: (held.event, held.uses, held.marked, held.open)
+        held.seq: (held.event, held.uses, unpack_lanes(held.charged), held.marked, held.open)
         for held in snapshot.reservations(name)
     }
     replayed_holds = {
-        seq: (entry.event, entry.uses, marked, is_open)
-        for seq, (entry, marked, is_open) in reserved.items()
+        seq: (hold.event, hold.uses, hold.charged, hold.marked, hold.open)
+        for seq, hold in reserved.items()
     }
     if stored_holds != replayed_holds:
         yield "the stored reservations are not those of the entries"

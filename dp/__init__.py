@@ -7,40 +7,79 @@
 10919
 """
 
-from dp.calibration import smallest_noise, uses_that_fit
+from dp.accountings import adaptive, planned, pure
 from dp.errors import DPError, InvalidParameter, MalformedEvent, NothingFits, UnsupportedEvent
 from dp.events import (
+    ZCDP,
+    ApproximateDP,
+    BandedMatrixFactorization,
     Composed,
+    DiscreteGaussian,
+    DiscreteLaplace,
     Event,
+    ExponentialMechanism,
+    FixedSizeSampled,
     Gaussian,
+    GumbelTopK,
     Laplace,
     NonPrivate,
+    PermuteAndFlip,
     PoissonSampled,
+    ProposeTestRelease,
     PureDP,
+    RandomizedResponse,
+    RepeatAndSelect,
+    RepeatAndSelectPoisson,
     Repeated,
+    ReportNoisyMax,
+    ShuffledEpoch,
+    SparseVector,
+    TreeAggregation,
 )
-from dp.filters import Filter, Price, adaptive, pure
+from dp.filters import Filter, Price
+from dp.planning import after, frontier, smallest_noise, steps_that_fit, uses_that_fit
 from dp.units import NeighboringRelation
 
 __all__ = [
+    "ZCDP",
+    "ApproximateDP",
+    "BandedMatrixFactorization",
     "Composed",
     "DPError",
+    "DiscreteGaussian",
+    "DiscreteLaplace",
     "Event",
+    "ExponentialMechanism",
     "Filter",
+    "FixedSizeSampled",
     "Gaussian",
+    "GumbelTopK",
     "InvalidParameter",
     "Laplace",
     "MalformedEvent",
     "NeighboringRelation",
     "NonPrivate",
     "NothingFits",
+    "PermuteAndFlip",
     "PoissonSampled",
     "Price",
+    "ProposeTestRelease",
     "PureDP",
+    "RandomizedResponse",
+    "RepeatAndSelect",
+    "RepeatAndSelectPoisson",
     "Repeated",
+    "ReportNoisyMax",
+    "ShuffledEpoch",
+    "SparseVector",
+    "TreeAggregation",
     "UnsupportedEvent",
     "adaptive",
+    "after",
+    "frontier",
+    "planned",
     "pure",
     "smallest_noise",
+    "steps_that_fit",
     "uses_that_fit",
 ]

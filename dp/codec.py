@@ -1,5 +1,6 @@
 """Events to canonical JSON (RFC 8785) and back: the form in which a ledger keeps them.
 
+>>> from dp import Gaussian, PoissonSampled
 >>> encode(PoissonSampled(0.01, Gaussian(1.0)))
 b'{"event":{"kind":"Gaussian","noise_multiplier":1},"kind":"PoissonSampled","sampling_probability":0.01}'
 >>> decode(encode(Gaussian(1.5)))
@@ -16,27 +17,12 @@ from typing import Any
 import rfc8785
 
 from dp.errors import InvalidParameter, MalformedEvent
-from dp.events import (
-    Composed,
-    Event,
-    Gaussian,
-    Laplace,
-    NonPrivate,
-    PoissonSampled,
-    PureDP,
-    Repeated,
-    canonical,
-)
-
-_KINDS = {
-    kind.__name__: kind
-    for kind in (Gaussian, Laplace, PureDP, PoissonSampled, Repeated, Composed, NonPrivate)
-}
+from dp.events import KINDS, Event, canonical
 
 
 def encode(event: Event) -> bytes:
     """Return the canonical JSON of the event, in its :func:`~dp.events.canonical` form."""
-    return rfc8785.dumps(_to_json(canonical(event)))
+    return rfc8785.dumps(to_json(canonical(event)))
 
 
 def digest(encoded: bytes) -> bytes:
@@ -53,7 +39,7 @@ def decode(encoded: bytes) -> Event:
             a form that is not the canonical one.
     """
     try:
-        event = _from_json(json.loads(encoded))
+        event = from_json(json.loads(encoded))
         if encode(event) != encoded:
             raise MalformedEvent("not in canonical form")
     except (ValueError, TypeError, RecursionError) as error:
@@ -63,23 +49,36 @@ def decode(encoded: bytes) -> Event:
     return event
 
 
-def _to_json(event: Event) -> dict[str, Any]:
-    members: dict[str, Any] = {"kind": type(event).__name__}
-    for field in fields(event):
-        value = getattr(event, field.name)
-        if isinstance(value, tuple):
-            members[field.name] = [_to_json(inner) for inner in value]
-        elif type(value).__name__ in _KINDS:
-            members[field.name] = _to_json(value)
-        else:
-            members[field.name] = value
-    return members
+def read_event(text: str) -> Event:
+    """Return the event of a JSON text that a person wrote: any order, any form.
+
+    Raises:
+        MalformedEvent: If it is none.
+
+    >>> read_event('{"kind": "Gaussian", "noise_multiplier": 2}')
+    Gaussian(noise_multiplier=2.0)
+    """
+    try:
+        return from_json(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MalformedEvent(str(error)) from error
 
 
-def _from_json(members: object) -> Event:
+def to_json(value: Any) -> Any:
+    """Return an event as JSON objects, as it is written."""
+    if isinstance(value, tuple):
+        return [to_json(inner) for inner in value]
+    if type(value).__name__ not in KINDS:
+        return value
+    members = {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    return {"kind": type(value).__name__} | members
+
+
+def from_json(members: object) -> Event:
+    """Return the event of JSON objects; raises MalformedEvent as :func:`decode` does."""
     if not isinstance(members, dict):
         raise MalformedEvent(f"expected an object, got {type(members).__name__}")
-    kind = _KINDS.get(str(members.get("kind")))
+    kind = KINDS.get(str(members.get("kind")))
     if kind is None:
         raise MalformedEvent(f"unknown kind {members.get('kind')!r}")
     names = {field.name for field in fields(kind)}
@@ -87,11 +86,11 @@ def _from_json(members: object) -> Event:
         raise MalformedEvent(f"{kind.__name__} has the parameters {sorted(names)}")
     values = {name: members[name] for name in names}
     if "event" in values:
-        values["event"] = _from_json(values["event"])
+        values["event"] = from_json(values["event"])
     if "events" in values:
         if not isinstance(values["events"], list):
             raise MalformedEvent("events must be an array")
-        values["events"] = tuple(_from_json(inner) for inner in values["events"])
+        values["events"] = tuple(from_json(inner) for inner in values["events"])
     try:
         event: Event = kind(**values)
     except InvalidParameter as error:

@@ -37,6 +37,17 @@ def renyi_to_epsilon(order: int, divergence: float, delta: float) -> float:
     return max(0.0, epsilon)
 
 
+def renyi_to_delta(order: int, divergence: float, epsilon: float) -> float:
+    """Return the delta at ``epsilon`` of a mechanism with this Renyi divergence at this order.
+
+    >>> f"{renyi_to_delta(32, 32 * 0.1, renyi_to_epsilon(32, 32 * 0.1, 1e-6)):.3e}"
+    '1.000e-06'
+    """
+    a = order
+    exponent = (a - 1) * (divergence - epsilon) + a * math.log1p(-1 / a) - math.log(a - 1)
+    return math.exp(min(0.0, exponent))
+
+
 def renyi_limit(order: int, epsilon: float, delta: float) -> float:
     """Return the Renyi divergence at ``order`` that converts to exactly (epsilon, delta).
 
@@ -77,6 +88,23 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         lambda mu: gaussian_delta(epsilon, mu) - delta, low, high, xtol=low * 1e-13, rtol=1e-13
     )
     return mu * (1 - 1e-8)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the smallest epsilon for which mu-GDP is (epsilon, delta)-DP, rounded up by 1e-9.
+
+    >>> round(gaussian_epsilon(1.0, 1e-5), 5)
+    4.37718
+    """
+    if not mu < math.inf:
+        return math.inf
+    if mu == 0 or gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    high = mu
+    while gaussian_delta(high, mu) > delta:
+        high *= 2
+    found = brentq(lambda at: gaussian_delta(at, mu) - delta, 0.0, high, xtol=1e-13, rtol=1e-13)
+    return float(found) * (1 + 1e-9)
 
 
 def pure_mu(epsilon: float) -> float:

@@ -1,239 +1,443 @@
-"""Real-valued privacy costs of the atomic events: the table of formulas.
+"""Real-valued privacy costs of the atomic events: one row of :data:`ROWS` for each.
 
-========================== ===================== ============== =====================
-event                      Renyi order a          mu squared     pure epsilon
-========================== ===================== ============== =====================
-Gaussian(s)                a / (2 s^2) [1]        1 / s^2 [2]    none
-Laplace(b)                 closed form [1]        as PureDP      1 / b
-PureDP(e)                  randomized response    pure_mu(e)^2   e
-                           of e [3]
-PoissonSampled(q, G)       binomial sum over      none           none
-G = Gaussians, add/remove  integer orders [4]
-PoissonSampled(q, P)       as PureDP(e')          as PureDP(e')  e' = log(1+q(exp(e)-1))
-P = pure DP, add/remove                                          [5]
-NonPrivate                 none                   none           none
-========================== ===================== ============== =====================
+A row bounds four measures at once, in both directions of the neighboring relation, and where the
+event carries a delta of its own ONE decomposition serves all of them: with probability 1 - delta
+the event behaves as the other three say. ``math.inf`` says that a measure cannot bound the event.
 
-``none`` is ``math.inf``: that measure cannot bound the event. Repeated and Composed are added up
-as integers in :mod:`dp.filters`. Every figure bounds both directions of the neighboring relation.
+Repeated and Composed are added up as integers in :mod:`dp.filters`; :func:`table` prints the
+rows, and docs/prices.md is what it prints.
 
-[1] Mironov, "Renyi Differential Privacy" (2017), Propositions 6 and 7.
-[2] Dong, Roth, Su, "Gaussian Differential Privacy" (2022), Theorem 2.7.
-[3] Bun, Steinke, "Concentrated Differential Privacy" (2016), Proposition 3.3: among (e, 0)-DP
-    pairs, randomized response has the largest Renyi divergence at every order.
-[4] Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism"
-    (2019), Theorem 5 and section 3.3.
-[5] Balle, Barthe, Gaboardi, "Privacy Amplification by Subsampling" (2018), Theorem 8.
+>>> cost(Gaussian(2.0)).renyi(8)
+1.0
+>>> cost(Gaussian(2.0)).mu_squared
+0.25
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from dp.conversions import pure_mu
+from scipy.special import ndtri
+
+from dp import divergences
+from dp.conversions import pure_mu, renyi_to_delta
 from dp.errors import UnsupportedEvent
 from dp.events import (
-    Composed,
+    ZCDP,
+    ApproximateDP,
+    Atomic,
+    BandedMatrixFactorization,
+    DiscreteGaussian,
+    DiscreteLaplace,
     Event,
+    ExponentialMechanism,
+    FixedSizeSampled,
     Gaussian,
+    GumbelTopK,
     Laplace,
     NonPrivate,
+    PermuteAndFlip,
     PoissonSampled,
+    ProposeTestRelease,
     PureDP,
-    Repeated,
+    RandomizedResponse,
+    RepeatAndSelect,
+    RepeatAndSelectPoisson,
+    ReportNoisyMax,
+    ShuffledEpoch,
+    SparseVector,
+    TreeAggregation,
+    parts,
 )
 from dp.units import NeighboringRelation
 
-Atomic = Gaussian | Laplace | PureDP | PoissonSampled | NonPrivate
-"""Events that are priced by a formula; the others are sums of these."""
+ADD_REMOVE, REPLACE_ONE = NeighboringRelation.ADD_REMOVE, NeighboringRelation.REPLACE_ONE
+_BOTH = (ADD_REMOVE, REPLACE_ONE)
+_INNER_ORDERS = (*range(2, 17), 20, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Orders among which the selection rows look for the best one of the repeated run."""
 
 
-def renyi(event: Atomic, order: int) -> float:
-    """Bound the Renyi divergence of one use, in nats.
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bounds on what one use of an event costs.
+
+    Attributes:
+        renyi: Renyi divergence by integer order of at least 2, in nats.
+        mu_squared: Square of the Gaussian-DP parameter.
+        epsilon: Largest privacy loss, in nats.
+        delta: The delta that the event carries itself.
+    """
+
+    renyi: Callable[[int], float]
+    mu_squared: float = math.inf
+    epsilon: float = math.inf
+    delta: float = 0.0
+
+
+def cost(event: Event, relation: NeighboringRelation = ADD_REMOVE) -> Cost:
+    """Return the bounds for one use of an event.
 
     Args:
-        event: The event.
-        order: Integer Renyi order, at least 2.
-
-    Returns:
-        The bound, ``math.inf`` where there is none. Computed without cancellation: the relative
-        error stays below 1e-10 or the absolute one below 2**-41.
-
-    >>> renyi(Gaussian(2.0), 8)
-    1.0
-    """
-    match event:
-        case Gaussian(sigma):
-            return order / 2 / sigma / sigma
-        case Laplace(scale):
-            return _laplace_renyi(1 / scale, order)
-        case PureDP(epsilon):
-            return _randomized_response_renyi(epsilon, order)
-        case PoissonSampled(q, inner):
-            joint = _joint_sigma(inner)
-            if joint is not None:
-                return _sampled_gaussian_renyi(q, joint, order)
-            # Sampling never hurts: the divergence is jointly quasi-convex.
-            unsampled = summed(lambda part: renyi(part, order), inner)
-            return min(unsampled, _randomized_response_renyi(pure_epsilon(event), order))
-        case NonPrivate():
-            return math.inf
-
-
-def mu_squared(event: Atomic) -> float:
-    """Bound mu^2 of one use, where mu is its Gaussian-DP parameter; ``math.inf`` where it has none.
-
-    >>> mu_squared(Gaussian(2.0))
-    0.25
-    """
-    if isinstance(event, Gaussian):
-        return 1 / event.noise_multiplier / event.noise_multiplier
-    epsilon = pure_epsilon(event)
-    return pure_mu(epsilon) ** 2 if epsilon < math.inf else math.inf
-
-
-def pure_epsilon(event: Atomic) -> float:
-    """Bound the privacy loss of one use, in nats; ``math.inf`` where it is unbounded.
-
-    >>> pure_epsilon(Laplace(4.0))
-    0.25
-    """
-    match event:
-        case Laplace(scale):
-            return 1 / scale
-        case PureDP(epsilon):
-            return epsilon
-        case PoissonSampled(q, inner):
-            epsilon = summed(pure_epsilon, inner)
-            if epsilon == math.inf:
-                return math.inf
-            return math.log1p(q * math.expm1(epsilon)) if epsilon < 700 else epsilon
-        case Gaussian() | NonPrivate():
-            return math.inf
-
-
-def summed(formula: Callable[[Atomic], float], event: Event) -> float:
-    """Add a formula up over the atomic parts of an event.
-
-    >>> summed(pure_epsilon, Repeated(PureDP(0.5), 3))
-    1.5
-    """
-    match event:
-        case Repeated(inner, uses):
-            return uses * summed(formula, inner)
-        case Composed(events):
-            return _fsum(summed(formula, inner) for inner in events)
-        case _:
-            return formula(event)
-
-
-def check_supported(event: Event, relation: NeighboringRelation) -> None:
-    """Raise unless every part of the event has a proved price under the relation.
+        event: Any event; the bounds of a composition are the sums of those of its parts.
+        relation: The relation that its sensitivities and the bounds are about.
 
     Raises:
-        UnsupportedEvent: Naming the innermost offending part.
-
-    >>> check_supported(
-    ...     PoissonSampled(0.1, Gaussian(1.0)), NeighboringRelation.REPLACE_ONE
-    ... )  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    dp.errors.UnsupportedEvent: ... proved for add_remove only; use a budget with that relation
+        UnsupportedEvent: If nothing is proved for it under the relation, naming the innermost
+            offending part.
     """
-    match event:
-        case Repeated(inner, _):
-            check_supported(inner, relation)
-        case Composed(events):
-            for inner in events:
-                check_supported(inner, relation)
-        case PoissonSampled(_, inner):
-            check_supported(inner, relation)
-            if relation is not NeighboringRelation.ADD_REMOVE:
-                raise UnsupportedEvent(
-                    event,
-                    "amplification by Poisson sampling is proved for add_remove only;"
-                    " use a budget with that relation",
-                )
-            if _joint_sigma(inner) is None and summed(pure_epsilon, inner) == math.inf:
-                raise UnsupportedEvent(
-                    event,
-                    "a Poisson sample is priced under Gaussians only, or under pure-DP events only",
-                )
+    found = [(_atomic(part, relation), uses) for part, uses in parts(event).items()]
+    if len(found) == 1 and found[0][1] == 1:
+        return found[0][0]
+    return Cost(
+        lambda order: divergences.total(uses * one.renyi(order) for one, uses in found),
+        divergences.total(uses * one.mu_squared for one, uses in found),
+        divergences.total(uses * one.epsilon for one, uses in found),
+        divergences.total(uses * one.delta for one, uses in found),
+    )
 
 
-def _joint_sigma(event: Event) -> float | None:
-    """Return the noise multiplier of one Gaussian equal to the event, if there is one.
-
-    Gaussians of noise multipliers s_i released together are one Gaussian with
-    1/s^2 = sum of 1/s_i^2. Rounded down, so that the price is rounded up, and kept in a range
-    in which squares are normal numbers.
-    """
-    precision = _gaussian_precision(event)
-    if precision is None:
-        return None
-    return 1 / math.sqrt(min(max(precision, sys.float_info.min), sys.float_info.max)) * (1 - 1e-15)
+def _atomic(event: Atomic, relation: NeighboringRelation) -> Cost:
+    row = ROWS[type(event)]
+    if relation not in row.relations:
+        raise UnsupportedEvent(event, f"{row.refused}; it needs a budget under {row.relations[0]}")
+    return row.cost(event, relation)
 
 
-def _gaussian_precision(event: Event) -> float | None:
-    match event:
-        case Gaussian(sigma):
-            return 1 / sigma / sigma
-        case Repeated(inner, uses):
-            precision = _gaussian_precision(inner)
-            return None if precision is None else uses * precision
-        case Composed(events):
-            precisions = [_gaussian_precision(inner) for inner in events]
-            return None if None in precisions else _fsum(p for p in precisions if p is not None)
-        case _:
-            return None
+# --- rows ---------------------------------------------------------------------------------------
 
 
-def _fsum(values: Iterable[float]) -> float:
-    try:
-        return math.fsum(values)
-    except OverflowError:
-        return math.inf
+def _gaussian(mu_squared: float) -> Cost:
+    return Cost(lambda order: order / 2 * mu_squared, mu_squared)
 
 
-def _laplace_renyi(epsilon: float, order: int) -> float:
-    # Mironov 2017, Proposition 6. For small losses as a power series: its first two terms cancel,
-    # and they are left out.
-    a = order
-    if a * epsilon < 1:
-        excess = math.fsum(
-            epsilon**k / math.factorial(k) * ((a - 1) ** (k - 1) + (-1) ** k * a ** (k - 1))
-            for k in range(2, 26)
+def _zcdp(rho: float) -> Cost:
+    return Cost(lambda order: order * rho)
+
+
+def _laplace(epsilon: float) -> Cost:
+    return Cost(lambda order: divergences.laplace(epsilon, order), pure_mu(epsilon) ** 2, epsilon)
+
+
+def _pure(epsilon: float, delta: float = 0.0) -> Cost:
+    return Cost(
+        lambda order: divergences.randomized_response(epsilon, order),
+        pure_mu(epsilon) ** 2,
+        epsilon,
+        delta,
+    )
+
+
+def _response(event: RandomizedResponse, _: NeighboringRelation) -> Cost:
+    # The trade-off curve has its kink where one category is told from the rest.
+    epsilon, others = event.epsilon, event.categories - 1
+    lie = math.exp(-epsilon) / (1 + others * math.exp(-epsilon))
+    truth = 1 / (1 + others * math.exp(-epsilon))
+    mu = min(pure_mu(epsilon), float(ndtri(truth) - ndtri(lie)) * (1 + 1e-12))
+    return Cost(
+        lambda order: divergences.randomized_response(epsilon, order, event.categories),
+        mu**2,
+        epsilon,
+    )
+
+
+def _selection(epsilon: float, k: int) -> Cost:
+    # Two losses t and t - e are told apart best where t = e/2: randomized response of e/2.
+    return Cost(
+        lambda order: k * divergences.bounded_range(epsilon, order),
+        k * pure_mu(epsilon / 2) ** 2,
+        k * epsilon,
+    )
+
+
+def _sparse_vector(event: SparseVector, _: NeighboringRelation) -> Cost:
+    moves = event.positives if event.monotone else 2 * event.positives
+    return _pure(1 / event.threshold_noise + moves / event.query_noise)
+
+
+def _poisson_sampled(event: PoissonSampled, relation: NeighboringRelation) -> Cost:
+    q, inner = event.sampling_probability, cost(event.event, relation)
+    amplified = math.inf
+    if inner.epsilon < math.inf:
+        amplified = min(
+            inner.epsilon,
+            math.log1p(q * math.expm1(inner.epsilon)) if inner.epsilon < 700 else math.inf,
         )
-        return math.log1p(a * (a - 1) / (2 * a - 1) * excess) / (a - 1)
-    grown = math.log(a / (2 * a - 1)) + (a - 1) * epsilon
-    shrunk = math.log((a - 1) / (2 * a - 1)) - a * epsilon
-    return (grown + math.log1p(math.exp(shrunk - grown))) / (a - 1)
+    if inner.delta:
+        if amplified == math.inf:
+            raise UnsupportedEvent(event, "an event with a delta is sampled with pure ones only")
+        return _pure(amplified, q * inner.delta)
+    precision, pairs = 0.0, []
+    for part, uses in parts(event.event).items():
+        match part:
+            case Gaussian(sigma) | DiscreteGaussian(sigma):
+                precision += uses / sigma / sigma
+            case Laplace(scale):
+                pairs.append((uses, divergences.laplace, 1 / scale))
+            case _ if (epsilon := cost(part, relation).epsilon) < math.inf:
+                pairs.append((uses, divergences.randomized_response, epsilon))
+            case _:
+                raise UnsupportedEvent(
+                    event, f"sampling is priced under Gaussians and pure-DP events, not {part!r}"
+                )
+    precision = min(precision, sys.float_info.max)
+
+    def log_moment(k: int) -> float:
+        return (k - 1) * divergences.total(
+            (k / 2 * precision, *(uses * pair(epsilon, k) for uses, pair, epsilon in pairs))
+        )
+
+    return Cost(
+        lambda order: divergences.sampled(q, order, log_moment),
+        pure_mu(amplified) ** 2 if amplified < math.inf else math.inf,
+        amplified,
+    )
 
 
-def _randomized_response_renyi(epsilon: float, order: int) -> float:
-    # log(cosh((a - 1/2) e) / cosh(e / 2)) / (a - 1), as a product of sinh: no cancellation.
-    a = order
-    if a * epsilon < 1:
-        excess = 2 * math.sinh(a * epsilon / 2) * math.sinh((a - 1) * epsilon / 2)
-        return math.log1p(excess / math.cosh(epsilon / 2)) / (a - 1)
-    ones = math.log1p(math.exp(-(2 * a - 1) * epsilon)) - math.log1p(math.exp(-epsilon))
-    return epsilon + ones / (a - 1)
+def _fixed_size_sampled(event: FixedSizeSampled, relation: NeighboringRelation) -> Cost:
+    q, inner = event.sample_size / event.dataset_size, cost(event.event, relation)
+    if inner.delta:
+        raise UnsupportedEvent(event, "an event with a delta of its own is not priced on a sample")
+    amplified = math.inf
+    if inner.epsilon < 700:
+        amplified = math.log1p(q * math.expm1(inner.epsilon))
+    return Cost(
+        lambda order: min(
+            inner.renyi(order),
+            divergences.sampled_without_replacement(q, order, inner.renyi, inner.epsilon),
+        ),
+        pure_mu(amplified) ** 2 if amplified < math.inf else math.inf,
+        amplified,
+    )
 
 
-def _sampled_gaussian_renyi(q: float, sigma: float, order: int) -> float:
-    # The binomial weights sum to 1 and the terms k = 0, 1 have exponent 0, so the moment is
-    # 1 + sum_{k >= 2} weight_k * (exp(k (k - 1) / (2 sigma^2)) - 1): all terms positive.
-    logs = []
-    for k in range(2, order + 1):
-        exponent = k * (k - 1) / 2 / sigma / sigma
-        if exponent == math.inf:
-            return math.inf
-        growth = exponent + math.log(-math.expm1(-exponent))
-        rest = (order - k) * math.log1p(-q) if k < order else 0.0
-        logs.append(math.log(math.comb(order, k)) + rest + k * math.log(q) + growth)
-    top = max(logs)
-    log_excess = top + math.log(math.fsum(math.exp(term - top) for term in logs))
-    if log_excess > 0:
-        return (log_excess + math.log1p(math.exp(-log_excess))) / (order - 1)
-    return math.log1p(math.exp(log_excess)) / (order - 1)
+def _repeat_and_select(event: RepeatAndSelect, relation: NeighboringRelation) -> Cost:
+    eta, log_gamma = event.eta, math.log(event.gamma)
+    inner = _repeated_run(event, event.event, relation)
+    norm = -math.expm1(eta * log_gamma) / eta if eta else -log_gamma
+    log_runs = math.log((1 - event.gamma) / norm) - log_gamma
+    selection = (1 + eta) * min(
+        (1 - 1 / order) * inner.renyi(order) - log_gamma / order for order in _INNER_ORDERS
+    )
+    epsilon = (2 + eta) * inner.epsilon
+    return Cost(
+        lambda order: min(
+            epsilon, inner.renyi(order) + selection + max(0.0, log_runs) / (order - 1)
+        ),
+        pure_mu(epsilon) ** 2 if epsilon < math.inf else math.inf,
+        epsilon,
+    )
+
+
+def _repeat_and_select_poisson(
+    event: RepeatAndSelectPoisson, relation: NeighboringRelation
+) -> Cost:
+    inner = _repeated_run(event, event.event, relation)
+
+    def renyi(order: int) -> float:
+        reached = math.log1p(1 / (order - 1))
+        delta = min(renyi_to_delta(b, inner.renyi(b), reached) for b in _INNER_ORDERS)
+        return inner.renyi(order) + event.mean * delta + math.log(event.mean) / (order - 1)
+
+    return Cost(renyi)
+
+
+def _repeated_run(event: Atomic, run: Event, relation: NeighboringRelation) -> Cost:
+    inner = cost(run, relation)
+    if inner.delta:
+        raise UnsupportedEvent(event, "a run with a delta of its own is not priced in a selection")
+    return inner
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is proved about one class of events.
+
+    Attributes:
+        cost: Computes the bounds of one use.
+        renyi: The formula at order a, in words.
+        mu_squared: Likewise; empty where that measure cannot bound the event.
+        epsilon: Likewise.
+        source: Paper and theorem.
+        relations: Relations under which it is proved; the others are refused.
+        refused: Why they are.
+        delta: The delta that the event carries; empty for none.
+    """
+
+    cost: Callable[[Any, NeighboringRelation], Cost]
+    renyi: str
+    mu_squared: str
+    epsilon: str
+    source: str
+    relations: tuple[NeighboringRelation, ...] = _BOTH
+    refused: str = ""
+    delta: str = ""
+
+
+_MIRONOV = "Mironov 2017"
+_BUN_STEINKE = "Bun, Steinke 2016, Prop. 3.3"
+_NO_SAMPLE_SIZE = "adding a unit changes the size of every sample, or moves others between them"
+
+ROWS: dict[type[Any], Row] = {
+    Gaussian: Row(
+        lambda e, _: _gaussian(1 / e.noise_multiplier / e.noise_multiplier),
+        "a/(2 s²)",
+        "1/s²",
+        "",
+        f"{_MIRONOV}, Prop. 7; Dong, Roth, Su 2022, Thm 2.7",
+    ),
+    DiscreteGaussian: Row(
+        lambda e, _: _zcdp(0.5 / e.noise_multiplier / e.noise_multiplier),
+        "a/(2 s²)",
+        "",
+        "",
+        "Canonne, Kamath, Steinke 2020, Prop. 5",
+    ),
+    Laplace: Row(
+        lambda e, _: _laplace(1 / e.noise_multiplier),
+        "closed form",
+        "as PureDP(1/b)",
+        "1/b",
+        f"{_MIRONOV}, Prop. 6",
+    ),
+    DiscreteLaplace: Row(
+        lambda e, _: _pure(1 / e.noise_multiplier),
+        "as PureDP(1/b)",
+        "as PureDP(1/b)",
+        "1/b",
+        "Ghosh, Roughgarden, Sundararajan 2012; tight for sensitivity 1",
+    ),
+    PureDP: Row(
+        lambda e, _: _pure(e.epsilon),
+        "randomized response of e",
+        "(2 Φ⁻¹(1/(1+exp(-e))))²",
+        "e",
+        f"{_BUN_STEINKE}; Dong, Roth, Su 2022 (two chords of the Gaussian curve)",
+    ),
+    ApproximateDP: Row(
+        lambda e, _: _pure(e.epsilon, e.delta),
+        "as PureDP(e)",
+        "as PureDP(e)",
+        "e",
+        "Kairouz, Oh, Viswanath 2015, Thm 3.3",
+        delta="d",
+    ),
+    ZCDP: Row(lambda e, _: _zcdp(e.rho), "a rho", "", "", "Bun, Steinke 2016, Def. 1.1"),
+    RandomizedResponse: Row(
+        _response,
+        "log(1 + r (x^a - 1)(1 - x^(1-a)))/(a-1), x = exp(e), r = 1/(x+k-1)",
+        "(Φ⁻¹(x r) - Φ⁻¹(r))²",
+        "e",
+        "by its definition, two categories of k",
+        relations=(REPLACE_ONE,),
+        refused="whether a unit answered at all is not protected",
+    ),
+    ExponentialMechanism: Row(
+        lambda e, _: _selection(e.epsilon, 1),
+        "sup over t of the pair of losses t, t-e",
+        "as PureDP(e/2)",
+        "e",
+        "Dong, Durfee, Rogers 2020, Lemma 3.2",
+    ),
+    GumbelTopK: Row(
+        lambda e, _: _selection(e.epsilon, e.k),
+        "k times ExponentialMechanism(e)",
+        "k times it",
+        "k e",
+        "Durfee, Rogers 2019, Lemma 4.2",
+    ),
+    ReportNoisyMax: Row(
+        lambda e, _: _pure(e.epsilon),
+        "as PureDP(e)",
+        "as PureDP(e)",
+        "e",
+        "Dwork, Roth 2014, Claim 3.9; Ding et al. 2021 (exponential noise)",
+    ),
+    PermuteAndFlip: Row(
+        lambda e, _: _pure(e.epsilon),
+        "as PureDP(e)",
+        "as PureDP(e)",
+        "e",
+        "McKenna, Sheldon 2020, Thm 1",
+    ),
+    SparseVector: Row(
+        _sparse_vector,
+        "as PureDP(1/b + 2c/b')",
+        "as PureDP",
+        "1/b + 2c/b'; 1/b + c/b' if monotone",
+        "Lyu, Su, Li 2017, Thms 2 and 3",
+    ),
+    ProposeTestRelease: Row(
+        lambda e, _: _pure(e.test_epsilon + e.release_epsilon, e.delta),
+        "as PureDP(e + e')",
+        "as PureDP(e + e')",
+        "e + e'",
+        "Dwork, Lei 2009",
+        delta="d",
+    ),
+    PoissonSampled: Row(
+        _poisson_sampled,
+        "binomial sum over Gaussian, Laplace and randomized-response moments",
+        "as PureDP(e') of pure parts",
+        "e' = log(1+q(exp(e)-1))",
+        "Mironov, Talwar, Zhang 2019, Thm 5 and 3.3; Balle, Barthe, Gaboardi 2018, Thm 8",
+        relations=(ADD_REMOVE,),
+        refused="amplification by Poisson sampling is proved for adding or removing a unit only",
+        delta="q d",
+    ),
+    FixedSizeSampled: Row(
+        _fixed_size_sampled,
+        "polynomial in m/n over the event's moments",
+        "as PureDP(e') of pure parts",
+        "e' = log(1+(m/n)(exp(e)-1))",
+        "Wang, Balle, Kasiviswanathan 2019, Thm 9; Balle, Barthe, Gaboardi 2018, Thm 9",
+        relations=(REPLACE_ONE,),
+        refused=_NO_SAMPLE_SIZE,
+    ),
+    ShuffledEpoch: Row(
+        lambda e, relation: cost(e.event, relation),
+        "as the event: no amplification",
+        "as the event",
+        "as the event",
+        "quasi-convexity over the orders, of which each shows a unit to one batch",
+        relations=(REPLACE_ONE,),
+        refused=_NO_SAMPLE_SIZE,
+        delta="as the event",
+    ),
+    TreeAggregation: Row(
+        lambda e, _: _gaussian(e.steps.bit_length() / e.noise_multiplier / e.noise_multiplier),
+        "a h/(2 s²), h = ceil(log2(n+1))",
+        "h/s²",
+        "",
+        "Kairouz et al. 2021, App. D; adaptive inputs: Denisov et al. 2022, Thm 2.1",
+    ),
+    BandedMatrixFactorization: Row(
+        lambda e, _: _gaussian(
+            e.participations
+            * divergences.total((c / e.noise_multiplier) ** 2 for c in e.coefficients)
+        ),
+        "a k |c|²/(2 s²)",
+        "k |c|²/s²",
+        "",
+        "Choquette-Choo et al. 2023 (amplified banded), Thm 2; Denisov et al. 2022, Thm 2.1",
+    ),
+    RepeatAndSelect: Row(
+        _repeat_and_select,
+        "r(a) + (1+eta) min over b of ((1-1/b) r(b) + log(1/gamma)/b) + log(E K)/(a-1)",
+        "as PureDP((2+eta) e) of pure runs",
+        "(2+eta) e",
+        "Papernot, Steinke 2022, Thm 2 and Cor. 3",
+    ),
+    RepeatAndSelectPoisson: Row(
+        _repeat_and_select_poisson,
+        "r(a) + mean delta(log(1+1/(a-1))) + log(mean)/(a-1)",
+        "",
+        "",
+        "Papernot, Steinke 2022, Thm 6",
+    ),
+    NonPrivate: Row(lambda *_: Cost(lambda _: math.inf), "", "", "", "no bound exists"),
+}
+"""The table: every atomic event's bounds and where they come from."""

@@ -1,6 +1,9 @@
 """What was run, as frozen values: an event has exactly the parameters that its price needs.
 
-Mechanisms, ledger and accounting meet only here (after ``dp_accounting.dp_event``).
+Mechanisms, ledger and accounting meet only here (after ``dp_accounting.dp_event``). What each
+event costs, under which relation, and by which theorem: the table in :mod:`dp.costs`.
+
+Every sensitivity is meant under the neighboring relation of the budget that is charged.
 
 Compatibility contract, because ledgers store events for ever:
 
@@ -15,13 +18,21 @@ Repeated(event=Gaussian(noise_multiplier=2.0), count=15)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 from dp import validate
 from dp.errors import InvalidParameter
 
 MAX_DEPTH = 16
 """Deepest nesting of events that is accepted."""
+
+MAX_COEFFICIENTS = 4096
+"""Longest band of a matrix factorization."""
+
+
+# --- additive noise -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,25 @@ class Gaussian:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        _set(self, noise_multiplier=validate.positive(noise_multiplier=self.noise_multiplier))
+        _check(self, noise_multiplier=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class DiscreteGaussian:
+    """An integer sum of L2 sensitivity C, plus discrete Gaussian noise per coordinate.
+
+    The noise of each coordinate is one draw of mass proportional to
+    exp(-x**2 / (2 * (noise_multiplier * C)**2)) on the integers; a sum of draws that several
+    parties add is another distribution, and dearer.
+
+    Attributes:
+        noise_multiplier: Parameter sigma of the noise over L2 sensitivity.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        _check(self, noise_multiplier=validate.positive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +81,27 @@ class Laplace:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        _set(self, noise_multiplier=validate.positive(noise_multiplier=self.noise_multiplier))
+        _check(self, noise_multiplier=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class DiscreteLaplace:
+    """An integer sum of L1 sensitivity C, plus discrete Laplace noise per coordinate.
+
+    The noise has mass proportional to exp(-abs(x) / (noise_multiplier * C)) on the integers
+    (two-sided geometric).
+
+    Attributes:
+        noise_multiplier: Scale over L1 sensitivity; the release is 1/noise_multiplier-DP.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        _check(self, noise_multiplier=validate.positive)
+
+
+# --- bounds that somebody proved ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +115,178 @@ class PureDP:
     epsilon: float
 
     def __post_init__(self) -> None:
-        _set(self, epsilon=validate.positive(epsilon=self.epsilon))
+        _check(self, epsilon=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class ApproximateDP:
+    """Any mechanism that is proved to be (epsilon, delta)-DP, run as one non-interactive release.
+
+    Attributes:
+        epsilon: In nats.
+        delta: In (0, 1]; it is paid from the budget's share for events that carry a delta.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive, delta=validate.probability)
+
+
+@dataclass(frozen=True, slots=True)
+class ZCDP:
+    """Any mechanism that is proved to be rho-zCDP.
+
+    Attributes:
+        rho: The Renyi divergence of every order a is at most rho * a.
+    """
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        _check(self, rho=validate.positive)
+
+
+# --- selection ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RandomizedResponse:
+    """One unit's category, kept with probability exp(epsilon) times that of each other one.
+
+    Attributes:
+        epsilon: Log of the ratio of the two probabilities, in nats.
+        categories: How many there are, at least 2.
+    """
+
+    epsilon: float
+    categories: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive, categories=validate.count)
+        if self.categories < 2:
+            raise InvalidParameter("categories", self.categories, "at least 2")
+
+
+@dataclass(frozen=True, slots=True)
+class ExponentialMechanism:
+    """One candidate of a public set, drawn with mass proportional to exp(score / scale).
+
+    Attributes:
+        epsilon: The range of the privacy loss, in nats: the largest less the smallest change of a
+            score, over scale. That is 2 * sensitivity / scale, or sensitivity / scale where one
+            unit moves all scores in the same direction.
+    """
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class GumbelTopK:
+    """The ordered k candidates of largest score + Gumbel(scale), without their scores.
+
+    Attributes:
+        epsilon: The range of the privacy loss of one selection, as in
+            :class:`ExponentialMechanism`.
+        k: How many are released.
+    """
+
+    epsilon: float
+    k: int
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive, k=validate.count)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportNoisyMax:
+    """The candidate of largest score plus Laplace or exponential noise, without its score.
+
+    Attributes:
+        epsilon: 2 * sensitivity / scale, or sensitivity / scale where one unit moves all scores
+            in the same direction; in nats.
+    """
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class PermuteAndFlip:
+    """One candidate by permute-and-flip, without its score.
+
+    Attributes:
+        epsilon: Of the mechanism: as in :class:`ReportNoisyMax`, which it equals for exponential
+            noise.
+    """
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check(self, epsilon=validate.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseVector:
+    """A whole AboveThreshold session: one noisy threshold, and a bit for each query.
+
+    It ends after ``positives`` answers above the threshold; only the bits are released, never a
+    noisy value. All noise is Laplace, the threshold's drawn once.
+
+    Attributes:
+        threshold_noise: Scale of the threshold's noise over the sensitivity of the queries.
+        query_noise: Scale of each query's noise over that sensitivity.
+        positives: At most so many answers are above the threshold.
+        monotone: Whether one unit moves all queries of the session in the same direction.
+    """
+
+    threshold_noise: float
+    query_noise: float
+    positives: int
+    monotone: bool = False
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            threshold_noise=validate.positive,
+            query_noise=validate.positive,
+            positives=validate.count,
+            monotone=validate.boolean,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeTestRelease:
+    """A private test of a proposed sensitivity, and a release only where the test passes.
+
+    Both are paid, also when the test fails.
+
+    Attributes:
+        test_epsilon: Pure epsilon of the test, in nats.
+        release_epsilon: Pure epsilon of the release where the proposal holds, in nats.
+        delta: Probability that the test passes although the proposal does not hold.
+    """
+
+    test_epsilon: float
+    release_epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            test_epsilon=validate.positive,
+            release_epsilon=validate.positive,
+            delta=validate.probability,
+        )
+
+
+# --- sampling -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +305,138 @@ class PoissonSampled:
     event: Event
 
     def __post_init__(self) -> None:
-        _set(
+        _check(self, sampling_probability=validate.probability)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSizeSampled:
+    """An event on a fresh secret sample of fixed size, drawn without replacement.
+
+    Attributes:
+        sample_size: Units in each sample.
+        dataset_size: Units in the dataset; public.
+        event: What is run on the sample. Its sensitivity is that of replacing one unit: twice the
+            clipping norm for a clipped sum.
+    """
+
+    sample_size: int
+    dataset_size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        _check(self, sample_size=validate.count, dataset_size=validate.count)
+        if self.sample_size > self.dataset_size:
+            raise InvalidParameter("sample_size", self.sample_size, "at most dataset_size")
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffledEpoch:
+    """One pass over the dataset in batches that hold every unit once, in any order.
+
+    Shuffled and sequential loaders alike; there is no amplification by sampling.
+
+    Attributes:
+        event: What is run on each of the batches. Its sensitivity is that of replacing one unit.
+    """
+
+    event: Event
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+# --- whole training runs ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAggregation:
+    """All prefix sums of a stream through one binary tree with Gaussian noise on every node.
+
+    One tree of DP-FTRL; a restart is another use. Each unit is in at most one of the sums, and
+    which one does not depend on the other units.
+
+    Attributes:
+        noise_multiplier: Standard deviation at a node over the L2 sensitivity of one sum.
+        steps: Number of sums, the leaves of the tree.
+    """
+
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check(self, noise_multiplier=validate.positive, steps=validate.count)
+
+
+@dataclass(frozen=True, slots=True)
+class BandedMatrixFactorization:
+    """A whole run of DP-FTRL with noise correlated by a banded Toeplitz strategy matrix C.
+
+    Step t adds row t of inverse(C) @ Z to its clipped sum, with Z Gaussian. Two participations of
+    one unit must lie at least ``len(coefficients)`` steps apart; the sampler enforces it.
+
+    Attributes:
+        noise_multiplier: Standard deviation of Z over the L2 sensitivity of one step's sum.
+        coefficients: First column of C without its zeros: one for each band.
+        participations: At most so many steps see one unit.
+    """
+
+    noise_multiplier: float
+    coefficients: tuple[float, ...]
+    participations: int
+
+    def __post_init__(self) -> None:
+        _check(
             self,
-            sampling_probability=validate.probability(
-                sampling_probability=self.sampling_probability
-            ),
+            noise_multiplier=validate.positive,
+            coefficients=_coefficients,
+            participations=validate.count,
         )
-        _check_depth(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatAndSelect:
+    """The best of K independent runs, K drawn from a truncated negative binomial distribution.
+
+    K is drawn before the first run and stays secret; runs are independent draws from one fixed
+    distribution of hyper-parameters; the score is part of each run; only the best run is released.
+
+    Attributes:
+        event: One whole run, its score included.
+        eta: Shape, above -1; 1 is the geometric and 0 the logarithmic distribution.
+        gamma: In (0, 1); the smaller, the more runs.
+    """
+
+    event: Event
+    eta: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        _check(self, eta=validate.finite, gamma=validate.probability)
+        if not self.eta > -1:
+            raise InvalidParameter("eta", self.eta, "above -1")
+        if not self.gamma < 1:
+            raise InvalidParameter("gamma", self.gamma, "below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatAndSelectPoisson:
+    """The best of K independent runs, K drawn from a Poisson distribution; conditions as above.
+
+    Attributes:
+        event: One whole run, its score included.
+        mean: Mean of K, at least 1.
+    """
+
+    event: Event
+    mean: float
+
+    def __post_init__(self) -> None:
+        _check(self, mean=validate.positive)
+        if not self.mean >= 1:
+            raise InvalidParameter("mean", self.mean, "at least 1")
+
+
+# --- compositions -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +452,7 @@ class Repeated:
     count: int
 
     def __post_init__(self) -> None:
-        validate.count(count=self.count)
-        _check_depth(self)
+        _check(self, count=validate.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +468,8 @@ class Composed:
     def __post_init__(self) -> None:
         if not isinstance(self.events, tuple | list) or not self.events:
             raise InvalidParameter("events", self.events, "a tuple of at least one event")
-        _set(self, events=tuple(self.events))
-        _check_depth(self)
+        object.__setattr__(self, "events", tuple(self.events))
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +477,37 @@ class NonPrivate:
     """A release without any guarantee: it fits no budget, and asking for it is recorded."""
 
 
-Event = Gaussian | Laplace | PureDP | PoissonSampled | Repeated | Composed | NonPrivate
+Atomic = (
+    Gaussian
+    | DiscreteGaussian
+    | Laplace
+    | DiscreteLaplace
+    | PureDP
+    | ApproximateDP
+    | ZCDP
+    | RandomizedResponse
+    | ExponentialMechanism
+    | GumbelTopK
+    | ReportNoisyMax
+    | PermuteAndFlip
+    | SparseVector
+    | ProposeTestRelease
+    | PoissonSampled
+    | FixedSizeSampled
+    | ShuffledEpoch
+    | TreeAggregation
+    | BandedMatrixFactorization
+    | RepeatAndSelect
+    | RepeatAndSelectPoisson
+    | NonPrivate
+)
+"""Events that are priced by a formula; the others are sums of these."""
+
+Event = Atomic | Repeated | Composed
 """Every event there is; the type checker names the places that a new one must reach."""
+
+KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
+"""Every class of events by its name."""
 
 
 def canonical(event: Event) -> Event:
@@ -149,49 +522,76 @@ def canonical(event: Event) -> Event:
     >>> canonical(Composed((PureDP(1.0), Composed((Gaussian(2.0), PureDP(1.0))))))
     Composed(events=(Gaussian(noise_multiplier=2.0), Repeated(event=PureDP(epsilon=1.0), count=2)))
     """
-    parts = [
+    repeated = [
         part if uses == 1 else Repeated(part, uses)
-        for part, uses in sorted(_parts(event).items(), key=lambda item: repr(item[0]))
+        for part, uses in sorted(parts(event).items(), key=lambda item: repr(item[0]))
     ]
-    return parts[0] if len(parts) == 1 else Composed(tuple(parts))
+    return repeated[0] if len(repeated) == 1 else Composed(tuple(repeated))
 
 
-def _parts(event: Event) -> dict[Event, int]:
+def parts(event: Event) -> dict[Atomic, int]:
+    """Return how often each atomic event, in canonical form, happens in one use of the event.
+
+    >>> parts(Repeated(Composed((PureDP(1.0), Repeated(Gaussian(2.0), 3))), 2))
+    {PureDP(epsilon=1.0): 2, Gaussian(noise_multiplier=2.0): 6}
+    """
     match event:
         case Repeated(inner, uses):
-            return {part: uses * times for part, times in _parts(inner).items()}
+            return {part: _product(uses, times) for part, times in parts(inner).items()}
         case Composed(events):
-            total: dict[Event, int] = {}
+            total: dict[Atomic, int] = {}
             for inner in events:
-                for part, times in _parts(inner).items():
-                    total[part] = total.get(part, 0) + times
+                for part, times in parts(inner).items():
+                    total[part] = _product(1, total.get(part, 0) + times)
             return total
-        case PoissonSampled(q, inner):
-            return _parts(inner) if q == 1.0 else {PoissonSampled(q, canonical(inner)): 1}
-        case Gaussian() | Laplace() | PureDP() | NonPrivate():
+        case PoissonSampled(1.0, inner):
+            return parts(inner)
+        case (
+            PoissonSampled(event=inner)
+            | FixedSizeSampled(event=inner)
+            | ShuffledEpoch(event=inner)
+            | RepeatAndSelect(event=inner)
+            | RepeatAndSelectPoisson(event=inner)
+        ):
+            others = {field.name: getattr(event, field.name) for field in fields(event)}
+            return {type(event)(**(others | {"event": canonical(inner)})): 1}
+        case _ if KINDS.get(type(event).__name__) is type(event):
             return {event: 1}
     raise InvalidParameter("event", event, "an event of dp.events")
+
+
+def _product(uses: int, times: int) -> int:
+    return validate.count(count=uses * times)
 
 
 def _depth(event: Event) -> int:
     # One Repeated around anything is free, so that canonical forms are never deeper.
     match event:
-        case Repeated(Repeated() as inner, _) | PoissonSampled(_, inner):
+        case Repeated(Repeated() as inner, _):
             return 1 + _depth(inner)
         case Repeated(inner, _):
             return _depth(inner)
         case Composed(events):
             return 1 + max(_depth(inner) for inner in events)
-        case Gaussian() | Laplace() | PureDP() | NonPrivate():
-            return 1
+        case _ if KINDS.get(type(event).__name__) is type(event):
+            return 1 + _depth(event.event) if hasattr(event, "event") else 1
     raise InvalidParameter("event", event, "an event of dp.events")
 
 
-def _check_depth(event: Event) -> None:
+def _check(event: Event, **validators: Callable[..., object]) -> None:
+    """Replace each named parameter by its validated value, and bound the depth."""
+    for name, validator in validators.items():
+        object.__setattr__(event, name, validator(**{name: getattr(event, name)}))
     if _depth(event) > MAX_DEPTH:
         raise InvalidParameter("event", event, f"nested at most {MAX_DEPTH} deep")
 
 
-def _set(event: object, **values: object) -> None:
-    for name, value in values.items():
-        object.__setattr__(event, name, value)
+def _coefficients(coefficients: object) -> tuple[float, ...]:
+    if not isinstance(coefficients, tuple | list) or not (
+        1 <= len(coefficients) <= MAX_COEFFICIENTS
+    ):
+        raise InvalidParameter("coefficients", coefficients, f"1 to {MAX_COEFFICIENTS} numbers")
+    numbers = tuple(validate.finite(coefficients=number) for number in coefficients)
+    if not numbers[0]:
+        raise InvalidParameter("coefficients", coefficients, "led by a number other than 0")
+    return numbers

@@ -2,42 +2,38 @@
 
 A :class:`Filter` turns every event into a price, a tuple of non-negative integers with one
 *lane* each. Lanes add up and have limits; no float ever decides. The sums include the event
-being admitted.
+being admitted. :mod:`dp.accountings` makes filters and says why each of them is sound:
 
 ``pure``
-    One lane: the sum of pure epsilons stays within epsilon. On every transcript the privacy
-    loss is at most that sum, however the events were chosen.
-
+    One lane, the sum of pure epsilons. An event fits while the lane does.
 ``adaptive``
-    Witness lanes (integer Renyi orders, mu squared, pure epsilon) and a delta lane. An event
-    fits while the delta lane and SOME witness fit, and every witness has its own share w of
-    delta, fixed at creation, with a sum of at most 1. Sound for adaptively chosen events:
-    on the paths that end under the witness of order a, (1 - exp(epsilon - L))+ is at most
-    w_a * delta * X(a), where L is the privacy loss and X(a) = exp((a-1)(L - S_a)), times a
-    constant that the limit absorbs, is a supermartingale of mean at most 1 (Feldman and
-    Zrnic, "Individual Privacy Accounting via a Renyi Filter", 2021; Lecuyer, "Practical
-    Privacy Filters and Odometers with Renyi Differential Privacy", 2021, for one order).
-    The mu-squared witness is the Gaussian filter of Smith and Thakurta, "Fully Adaptive
-    Composition for Gaussian Differential Privacy" (2022); the pure witness needs no share.
-    Without the shares ("some order still fits at the full delta") the rule is unsound; the
-    counterexample is a test.
+    A delta lane and witness lanes: pure epsilon, mu squared, Renyi orders, and uses of the expected
+    event. An event fits while the delta lane and SOME witness fit.
+``planned``
+    A lane for each slot, which counts its uses, and a mu-squared lane. A use of a slot's event
+    takes one of the slot's uses while there are any; after that, and for any other event, it pays
+    mu squared. An event fits while all lanes do.
 
 Rounding: a price is ``ceil(r * 2**40 * (1 + 1e-9)) + 1``, a limit the floor with the signs
-turned; the delta lane counts in units of 2**-62. A price is for one use, and n uses cost
-exactly n times as much.
+turned; the delta lane counts in units of 2**-62, lanes that count uses in uses. A price is for one
+use, and n uses cost exactly n times as much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import add, le, mul
+from typing import Any, cast
 
-from dp import costs, validate
-from dp.conversions import gaussian_mu, renyi_limit, renyi_to_epsilon
+from dp import validate
+from dp.codec import from_json, to_json
+from dp.costs import Cost, cost
 from dp.errors import InvalidParameter
-from dp.events import Composed, Event, Gaussian, PoissonSampled, Repeated, canonical
+from dp.events import Atomic, Event, parts
 from dp.units import NeighboringRelation
 
 Price = tuple[int, ...]
@@ -49,14 +45,12 @@ NEVER = 1 << 96
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 """Renyi orders of the witnesses of accounting version 1."""
 
-_SCALE_BITS, _DELTA_BITS, _SLACK = 40, 62, 1e-9
-_DELTA_OPS = 0.01
-_DELTA, _EPSILON, _MU_SQUARED = "delta", "epsilon", "mu_squared"
-_LANES = {
-    "pure": (_EPSILON,),
-    "adaptive": (_DELTA, _EPSILON, _MU_SQUARED, *map(str, ORDERS)),
-}
-_TYPICAL_TRAINING = PoissonSampled(0.01, Gaussian(1.0))
+SLACK = 1e-9
+"""Relative; prices are rounded up and limits down by it."""
+
+_SCALE_BITS, _DELTA_BITS = 40, 62
+DELTA, EPSILON, MU_SQUARED, USES = "delta", "epsilon", "mu_squared", "uses"
+"""Names of lanes; a Renyi order is a lane of its own, and so is ``uses 1``, ``uses 2``, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +58,18 @@ class Filter:
     """The frozen limits of one budget and the prices that count against them.
 
     Attributes:
-        accounting: ``pure`` or ``adaptive``.
+        accounting: ``pure``, ``adaptive`` or ``planned``.
         version: Pricing version; a stored budget is priced by its own for ever.
         epsilon: The epsilon that holds for the budget's whole life, in nats.
         delta: The delta that holds for the budget's whole life.
         relation: The neighboring relation that sensitivities refer to.
-        lanes: Names of the lanes: ``delta``, ``epsilon``, ``mu_squared`` or a Renyi order.
+        lanes: Names of the lanes.
         weights: The share of the converted delta that each lane was given; 0 where it needs none.
         limits: One integer for each lane; negative where the lane can admit nothing.
+        slots: The atomic events that lanes count the uses of, in the order of these lanes.
 
-    >>> budget = pure(1.0)
-    >>> budget.price(Repeated(Gaussian(1.0), 2)) == (NEVER,)
+    >>> from dp import Gaussian, Repeated, pure
+    >>> pure(1.0).price(Repeated(Gaussian(1.0), 2)) == (NEVER,)
     True
     """
 
@@ -86,6 +81,16 @@ class Filter:
     lanes: tuple[str, ...]
     weights: tuple[float, ...]
     limits: tuple[int, ...]
+    slots: tuple[Atomic, ...] = ()
+    _caps: Price = field(init=False, repr=False, compare=False)
+    _beyond: Price = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_caps", tuple(max(limit, -1) + 1 for limit in self.limits))
+        beyond: Price = ()
+        if self.accounting == "planned":
+            beyond = tuple(_in_lane(MU_SQUARED, cost(slot, self.relation)) for slot in self.slots)
+        object.__setattr__(self, "_beyond", beyond)
 
     def __str__(self) -> str:
         """Return the promise with its exact parameters, for instance ``(8.0, 1e-06)-DP``."""
@@ -97,52 +102,38 @@ class Filter:
         Raises:
             UnsupportedEvent: If no price is proved under this budget's relation.
         """
-        event = canonical(event)
-        costs.check_supported(event, self.relation)
-        return tuple(min(cost, NEVER) for cost in self._price(event))
+        total = (0,) * len(self.lanes)
+        for part, uses in parts(event).items():
+            total = tuple(map(add, total, (uses * price for price in self._atomic(part))))
+        return tuple(min(price, NEVER) for price in total)
 
-    def _price(self, event: Event) -> Price:
-        match event:
-            case Repeated(inner, uses):
-                return tuple(uses * cost for cost in self._price(inner))
-            case Composed(events):
-                return tuple(map(sum, zip(*map(self._price, events), strict=True)))
-            case _:
-                return self.quantize(
-                    renyi=lambda order: costs.renyi(event, order),
-                    mu_squared=costs.mu_squared(event),
-                    epsilon=costs.pure_epsilon(event),
-                )
+    def _atomic(self, event: Atomic) -> Price:
+        bounds = cost(event, self.relation)
+        if self.accounting != "planned" or event not in self.slots:
+            price = self.quantize(bounds)
+        else:
+            price = (0,) * len(self.lanes)
+        counted = iter(self.slots)
+        return tuple(
+            own
+            if not lane.startswith(USES)
+            else 1
+            if next(counted) == event
+            else 0
+            if self.accounting == "planned"
+            else NEVER
+            for lane, own in zip(self.lanes, price, strict=True)
+        )
 
-    def quantize(
-        self,
-        *,
-        renyi: Callable[[int], float],
-        mu_squared: float = math.inf,
-        epsilon: float = math.inf,
-        delta: float = 0.0,
-    ) -> Price:
+    def quantize(self, bounds: Cost) -> Price:
         """Return the integer price of a release from its real-valued costs, rounded up.
 
-        Args:
-            renyi: Bound on the Renyi divergence by integer order, in nats.
-            mu_squared: Square of the Gaussian-DP parameter.
-            epsilon: Bound on the privacy loss, in nats.
-            delta: The delta that the release carries itself.
-
-        A cost that is NaN, negative or infinite is :data:`NEVER`.
+        A cost that is NaN, negative or infinite is :data:`NEVER`; so is everything but the delta
+        lane for a release with a delta where there is no delta lane.
         """
-        price = []
-        for lane in self.lanes:
-            if lane == _DELTA:
-                price.append(_rounded_up(delta, _DELTA_BITS) if delta else 0)
-            elif lane == _EPSILON:
-                price.append(_rounded_up(epsilon, _SCALE_BITS))
-            elif lane == _MU_SQUARED:
-                price.append(_rounded_up(mu_squared, _SCALE_BITS))
-            else:
-                price.append(_rounded_up(renyi(int(lane)), _SCALE_BITS))
-        return tuple(price)
+        if bounds.delta and DELTA not in self.lanes:
+            return (NEVER,) * len(self.lanes)
+        return tuple(_in_lane(lane, bounds) for lane in self.lanes)
 
     def price_holds(self, event: Event, stored: Price) -> bool:
         """Say whether a stored price is this filter's price of the event.
@@ -155,71 +146,91 @@ class Filter:
             for kept, own in zip(stored, self.price(event), strict=True)
         )
 
-    def epsilon_if_fixed(self, totals: Price) -> float:
-        """Return the epsilon at this filter's delta if the operations had been fixed in advance.
+    def charge(self, totals: Price, price: Price, uses: int) -> Price:
+        """Return what ``uses`` uses add to each lane on top of the totals.
 
-        Not a guarantee for operations that were chosen after seeing outputs: the guarantee is
-        the filter's own (epsilon, delta). The smallest Renyi conversion over the lanes that are
-        within their limits (the others are capped and say nothing).
-        """
-        found = [self.epsilon]
-        for lane, total, limit in zip(self.lanes, totals, self.limits, strict=True):
-            if lane in (_DELTA, _MU_SQUARED) or total > limit:
-                continue
-            spent = math.ldexp(total, -_SCALE_BITS)
-            found.append(
-                spent if lane == _EPSILON else renyi_to_epsilon(int(lane), spent, self.delta)
-            )
-        return min(found) if any(totals) else 0.0
+        ``min(uses * price, limit + 1)``: the cap keeps a lane that cannot bound the event from
+        growing; once above its limit it stays above. Under ``planned`` uses of a slot first take
+        what the slot has left.
 
-    def charge(self, price: Price, uses: int) -> Price:
-        """Return what ``uses`` uses add to each lane: ``min(uses * price, limit + 1)``.
-
-        Recomputed from ``uses`` at settlement, never subtracted from. The cap keeps a lane that
-        cannot bound the event from growing; once above its limit it stays above.
-
-        >>> pure(1.0).charge((2**39,), 1)
+        >>> from dp import pure
+        >>> pure(1.0).charge((0,), (2**39,), 1)
         (549755813888,)
         """
-        return tuple(
-            min(uses * cost, max(limit, -1) + 1)
-            for cost, limit in zip(price, self.limits, strict=True)
+        if not self._beyond:
+            return tuple(map(min, map(mul, price, repeat(uses)), self._caps))
+        rooms = (max(limit - total, 0) for limit, total in zip(self.limits, totals, strict=True))
+        return self._beyond_slots(price, uses, rooms)
+
+    def part(self, charged: Price, price: Price, uses: int) -> Price:
+        """Return what is left of a contribution when only ``uses`` of its uses were made.
+
+        Recomputed from ``uses``, never subtracted from.
+        """
+        if not self._beyond:
+            return self.charge((), price, uses)
+        return self._beyond_slots(price, uses, charged)
+
+    def _beyond_slots(self, price: Price, uses: int, rooms: Iterable[int]) -> Price:
+        asked = [uses * each for each in price]
+        taken = [min(*both) for both in zip(asked[:-1], rooms, strict=False)]
+        beyond = asked[-1] + sum(
+            (wanted - got) * each
+            for wanted, got, each in zip(asked[:-1], taken, self._beyond, strict=True)
         )
+        return (*taken, min(beyond, self._caps[-1]))
 
     def admits(self, totals: Price) -> bool:
         """Say whether lanes at these totals are within the guarantee."""
-        fits = [total <= limit for total, limit in zip(totals, self.limits, strict=True)]
-        if self.lanes[0] == _DELTA:
-            return fits[0] and any(fits[1:])
-        return all(fits)
+        if self.accounting == "adaptive":
+            return totals[0] <= self.limits[0] and any(map(le, totals[1:], self.limits[1:]))
+        return all(map(le, totals, self.limits))
+
+    def after(self, totals: Price, price: Price, uses: int) -> Price:
+        """Return the totals with ``uses`` uses at this price on top."""
+        return tuple(map(add, totals, self.charge(totals, price, uses)))
 
     def uses_that_fit(self, totals: Price, price: Price) -> int:
         """Return the largest number of uses at this price that still fits on top of the totals.
 
+        >>> from dp import Gaussian, pure
         >>> budget = pure(1.0)
-        >>> budget.uses_that_fit((0,), budget.price(Repeated(Gaussian(1.0), 1)))
+        >>> budget.uses_that_fit((0,), budget.price(Gaussian(1.0)))
         0
         """
+        if self._beyond:
+            too_many = range(1, validate.MAX_COUNT + 1)
+            return bisect_left(
+                too_many, 1, key=lambda uses: not self.admits(self.after(totals, price, uses))
+            )
         rooms = [
             _room(total, cost, limit)
             for total, cost, limit in zip(totals, price, self.limits, strict=True)
         ]
-        room = min(rooms[0], max(rooms[1:])) if self.lanes[0] == _DELTA else min(rooms)
+        room = min(rooms[0], max(rooms[1:])) if self.lanes[0] == DELTA else min(rooms)
         return min(room, validate.MAX_COUNT)
 
     def share(self, totals: Price) -> float:
         """Return the used share of the limits, from 0 to 1: for reading, it decides nothing.
 
         Under ``adaptive`` that of the witness with the most room, or of the delta lane if that
-        one has less.
+        one has less; under ``planned`` the mean over the lanes.
         """
+        return self.share_of(totals, totals)
+
+    def share_of(self, contribution: Price, totals: Price) -> float:
+        """Return the share of the limits that one contribution to the totals takes."""
         shares = [
-            total / limit if limit > 0 else math.inf
-            for total, limit in zip(totals, self.limits, strict=True)
+            (part / limit if limit > 0 else math.inf * part if part else 0.0)
+            for part, limit in zip(contribution, self.limits, strict=True)
         ]
-        if self.lanes[0] == _DELTA:
-            return max(shares[0], min(shares[1:]))
-        return max(shares)
+        if self.accounting == "planned":
+            return math.fsum(shares) / len(shares)
+        if self.accounting == "pure":
+            return shares[0]
+        usable = [at for at, limit in enumerate(self.limits) if at and limit > 0]
+        roomiest = min(usable, key=lambda at: totals[at] / self.limits[at], default=0)
+        return max(shares[0], shares[roomiest])
 
     def to_record(self) -> dict[str, Any]:
         """Return the JSON object that freezes this filter in a ledger."""
@@ -232,6 +243,7 @@ class Filter:
             "lanes": list(self.lanes),
             "weights": list(self.weights),
             "limits": [str(limit) for limit in self.limits],
+            "slots": [to_json(slot) for slot in self.slots],
         }
 
     @classmethod
@@ -242,8 +254,10 @@ class Filter:
             InvalidParameter: If this version of epsledger cannot price by it.
         """
         known = (record.get("accounting"), record.get("version"))
-        if known not in (("pure", 1), ("adaptive", 1)):
-            raise InvalidParameter("accounting", known, "pure 1 or adaptive 1; upgrade epsledger")
+        if known not in (("pure", 1), ("adaptive", 1), ("planned", 1)):
+            raise InvalidParameter(
+                "accounting", known, "pure 1, adaptive 1 or planned 1; upgrade epsledger"
+            )
         try:
             stored = cls(
                 accounting=record["accounting"],
@@ -254,6 +268,7 @@ class Filter:
                 lanes=tuple(record["lanes"]),
                 weights=tuple(map(float, record["weights"])),
                 limits=tuple(int(str(limit)) for limit in record["limits"]),
+                slots=tuple(cast("Atomic", from_json(slot)) for slot in record["slots"]),
             )
         except (LookupError, TypeError, ValueError) as error:
             raise InvalidParameter("record", record, f"a filter's record ({error})") from error
@@ -261,149 +276,68 @@ class Filter:
         return stored
 
     def _check_shape(self) -> None:
-        if self.accounting == "adaptive":
+        if self.accounting == "pure":
+            if self.delta != 0:
+                raise InvalidParameter("delta", self.delta, "0 under pure accounting")
+        else:
             validate.delta(delta=self.delta)
-        elif self.delta != 0:
-            raise InvalidParameter("delta", self.delta, "0 under pure accounting")
-        if self.lanes != _LANES[self.accounting]:
+        if self.lanes != lanes(self.accounting, len(self.slots)):
             raise InvalidParameter("lanes", self.lanes, f"those of {self.accounting} accounting 1")
-        shared = [lane not in (_DELTA, _EPSILON) for lane in self.lanes]
+        if any(parts(slot) != {slot: 1} for slot in self.slots):
+            raise InvalidParameter("slots", self.slots, "atomic events in canonical form")
+        if len(set(self.slots)) != len(self.slots):
+            raise InvalidParameter("slots", self.slots, "different events")
+        shared = [
+            self.accounting == "adaptive" and lane not in (DELTA, EPSILON) for lane in self.lanes
+        ]
         if [weight > 0 for weight in self.weights] != shared or math.fsum(self.weights) > 1:
             raise InvalidParameter("weights", self.weights, "shares of delta, at most 1 in all")
         if len(self.limits) != len(self.lanes):
             raise InvalidParameter("limits", self.limits, "one for each lane")
 
 
-def pure(
-    epsilon: float, *, relation: NeighboringRelation = NeighboringRelation.ADD_REMOVE
-) -> Filter:
-    """Return the filter of an (epsilon, 0)-DP budget: pure epsilons add up.
+def lanes(accounting: str, slots: int) -> tuple[str, ...]:
+    """Return the lanes of an accounting whose uses of so many events are counted.
 
-    Args:
-        epsilon: In nats, from 1e-6 to 1e6.
-        relation: Neighboring relation.
+    >>> lanes("planned", 2)
+    ('uses 1', 'uses 2', 'mu_squared')
     """
-    epsilon = validate.epsilon(epsilon=epsilon)
-    return _with_limits("pure", epsilon, 0.0, relation, {_EPSILON: 0.0})
+    counted = tuple(f"{USES} {at + 1}" for at in range(slots))
+    match accounting:
+        case "pure":
+            return EPSILON, *counted
+        case "adaptive":
+            return DELTA, EPSILON, MU_SQUARED, *map(str, ORDERS), *counted[:1]
+        case _:
+            return *counted, MU_SQUARED
 
 
-def adaptive(
-    epsilon: float,
-    delta: float,
-    *,
-    relation: NeighboringRelation = NeighboringRelation.ADD_REMOVE,
-    expect: Event | None = None,
-) -> Filter:
-    """Return the filter of an (epsilon, delta)-DP budget for events chosen at any time.
-
-    Args:
-        epsilon: In nats, from 1e-6 to 1e6.
-        delta: From 1e-15 to 0.1; 1 % of it is kept for events that carry a delta themselves.
-        relation: Neighboring relation.
-        expect: One use of the expected workload. It moves the shares of delta towards the
-            witness that is best for it and weakens nothing: anything else can still be charged.
-
-    >>> by_default = adaptive(8.0, 1e-6)
-    >>> by_default.uses_that_fit((0,) * 19, by_default.price(Gaussian(50.0)))
-    5418
-    """
-    epsilon, delta = validate.epsilon(epsilon=epsilon), validate.delta(delta=delta)
-    if expect is not None:
-        expect = canonical(expect)
-        costs.check_supported(expect, relation)
-    weights = _witness_weights(epsilon, delta, expect)
-    return _with_limits(
-        "adaptive", epsilon, delta, relation, {_DELTA: 0.0, _EPSILON: 0.0} | weights
-    )
+def rounded_down(lane: str, value: float) -> int:
+    """Return a limit in the units of a lane; -1 where it is not above 0."""
+    if not value > 0:
+        return -1
+    bits = _DELTA_BITS if lane == DELTA else _SCALE_BITS
+    return math.floor(math.ldexp(value, bits) * (1 - SLACK)) - 1
 
 
-def limits_hold(filter: Filter) -> bool:
-    """Say whether a stored filter's limits are no wider than its epsilon, delta and weights allow.
-
-    Compared with a relative tolerance of 1e-9 for the mathematics library of another host, which
-    is inside the rounding that prices and limits already carry.
-    """
-    weights = dict(zip(filter.lanes, filter.weights, strict=True))
-    own = _with_limits(
-        filter.accounting, filter.epsilon, filter.delta, filter.relation, weights
-    ).limits
-    return all(
-        stored <= computed + abs(computed) * _SLACK
-        for stored, computed in zip(filter.limits, own, strict=True)
-    )
-
-
-def _with_limits(
-    accounting: str,
-    epsilon: float,
-    delta: float,
-    relation: NeighboringRelation,
-    weights: dict[str, float],
-) -> Filter:
-    delta_ops = _DELTA_OPS * delta
-    limits = []
-    for lane, weight in weights.items():
-        share = weight * (delta - delta_ops)
-        if lane == _DELTA:
-            limits.append(_rounded_down(delta_ops, _DELTA_BITS))
-        elif lane == _EPSILON:
-            limits.append(_rounded_down(epsilon, _SCALE_BITS))
-        elif lane == _MU_SQUARED:
-            limits.append(_rounded_down(gaussian_mu(epsilon, share) ** 2, _SCALE_BITS))
-        else:
-            limits.append(_rounded_down(renyi_limit(int(lane), epsilon, share), _SCALE_BITS))
-    return Filter(
-        accounting,
-        1,
-        epsilon,
-        delta,
-        relation,
-        tuple(weights),
-        tuple(weights.values()),
-        tuple(limits),
-    )
-
-
-def _witness_weights(epsilon: float, delta: float, expect: Event | None) -> dict[str, float]:
-    """Return each witness's share of the converted delta; they sum to a little under 1."""
-    delta_conv = delta - _DELTA_OPS * delta
-    if expect is None:
-        focus = {_MU_SQUARED: 0.3, _best_order(epsilon, 0.59 * delta_conv, _TYPICAL_TRAINING): 0.59}
-    elif costs.summed(costs.mu_squared, expect) < math.inf:
-        focus = {_MU_SQUARED: 0.8}
-    else:
-        focus = {_best_order(epsilon, 0.9 * delta_conv, expect): 0.9}
-    lanes = (_MU_SQUARED, *map(str, ORDERS))
-    spread = (1 - 1e-9 - sum(focus.values())) / (len(lanes) - len(focus))
-    return {lane: focus.get(lane, spread) for lane in lanes}
-
-
-def _best_order(epsilon: float, delta: float, event: Event) -> str:
-    """Return the order under which most uses of the event fit."""
-
-    def uses(order: int) -> float:
-        limit = renyi_limit(order, epsilon, delta)
-        return (
-            limit / costs.summed(lambda part: costs.renyi(part, order), event)
-            if limit > 0
-            else limit
-        )
-
-    return str(max(ORDERS, key=uses))
+def _in_lane(lane: str, bounds: Cost) -> int:
+    match lane:
+        case "delta":
+            return _rounded_up(bounds.delta, _DELTA_BITS) if bounds.delta else 0
+        case "epsilon":
+            return _rounded_up(bounds.epsilon, _SCALE_BITS)
+        case "mu_squared":
+            return _rounded_up(bounds.mu_squared, _SCALE_BITS)
+        case _ if lane.startswith(USES):
+            return NEVER
+        case _:
+            return _rounded_up(bounds.renyi(int(lane)), _SCALE_BITS)
 
 
 def _rounded_up(value: float, bits: int) -> int:
-    if not 0 <= value < math.inf:
+    if not 0 <= value < math.ldexp(NEVER, -bits) / 2:
         return NEVER
-    if value >= math.ldexp(NEVER, -bits) / 2:
-        return NEVER
-    return math.ceil(math.ldexp(value, bits) * (1 + _SLACK)) + 1
-
-
-def _rounded_down(value: float, bits: int) -> int:
-    if not value > 0:
-        return -1
-    return math.floor(math.ldexp(value, bits) * (1 - _SLACK)) - 1
+    return math.ceil(math.ldexp(value, bits) * (1 + SLACK)) + 1
 
 
 def _room(total: int, cost: int, limit: int) -> int:

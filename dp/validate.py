@@ -45,6 +45,29 @@ def positive(**values: object) -> float:
     return number
 
 
+def finite(**values: object) -> float:
+    """Return the one value as a float; raise unless it is finite.
+
+    >>> finite(eta=-1)
+    -1.0
+    """
+    ((name, value),) = values.items()
+    return _real(name, value) + 0.0  # never -0.0
+
+
+def boolean(**values: object) -> bool:
+    """Return the one value; raise unless it is True or False.
+
+    >>> boolean(monotone=1)
+    Traceback (most recent call last):
+    dp.errors.InvalidParameter: monotone must be True or False, got 1
+    """
+    ((name, value),) = values.items()
+    if not isinstance(value, bool):
+        raise InvalidParameter(name, value, "True or False")
+    return value
+
+
 def probability(**values: object) -> float:
     """Return the one value as a float; raise unless it lies in (0, 1].
 

@@ -22,8 +22,10 @@ from dp import (
     PoissonSampled,
     PureDP,
     adaptive,
+    planned,
     pure,
 )
+from dp.codec import read_event
 from epsledger.errors import CONTRADICTION, REFUSED, told
 from reports import write_report
 
@@ -77,6 +79,19 @@ def budget() -> None:
     show_default=True,
     help="Which two datasets count as neighbors.",
 )
+@click.option(
+    "--expect",
+    metavar="EVENT",
+    help="One use of the expected workload, as JSON; anything else can still be charged.",
+)
+@click.option(
+    "--slot",
+    "slots",
+    type=(str, int),
+    multiple=True,
+    metavar="EVENT USES",
+    help="Commit to USES of an event, as JSON: planned accounting, the tightest.",
+)
 @_LEDGER
 def create(
     name: str,
@@ -85,16 +100,29 @@ def create(
     unit: str,
     units: int | None,
     relation: str,
+    expect: str | None,
+    slots: tuple[tuple[str, int], ...],
     ledger: Path,
 ) -> None:
-    """Create a budget; it never changes afterwards."""
+    """Create a budget; it never changes afterwards.
+
+    An EVENT is written as in the ledger, for instance '{"kind": "PoissonSampled",
+    "sampling_probability": 0.01, "event": {"kind": "Gaussian", "noise_multiplier": 1.0}}'.
+    """
+    if expect and slots:
+        raise click.UsageError("give --expect or --slot, not both")
+    if (expect or slots) and not delta:
+        raise click.UsageError("--expect and --slot need a --delta")
     with told():
         neighbors = NeighboringRelation(relation)
-        limits = (
-            adaptive(epsilon, delta, relation=neighbors)
-            if delta
-            else pure(epsilon, relation=neighbors)
-        )
+        if slots:
+            committed = [(read_event(event), uses) for event, uses in slots]
+            limits = planned(epsilon, delta, slots=committed, relation=neighbors)
+        elif delta:
+            expected = read_event(expect) if expect else None
+            limits = adaptive(epsilon, delta, relation=neighbors, expect=expected)
+        else:
+            limits = pure(epsilon, relation=neighbors)
         with Accountant.open(ledger) as accountant:
             accountant.create_budget(name, limits, unit=unit, units=units)
     click.echo(f"{name}: {limits} per {unit} under {relation}, in {ledger}")
@@ -154,12 +182,14 @@ def plan(name: str, uses: int, ledger: Path, **event: float | None) -> None:
     with told(), _existing(ledger) as accountant:
         asked, with_noise = _event(**event)
         fit = accountant.uses_that_fit(name, asked)
-        share = accountant.share_after(name, asked, uses)
+        share = accountant.share_after(name, [(asked, uses)])
         click.echo(f"{uses} x {asked!r}")
-        click.echo(
-            f"  {'fits' if uses <= fit else 'does not fit'}; at most {fit} fit now;"
-            f" after it {share:.1%} of the limits would be used"
-        )
+        if share is None:
+            click.echo(f"  does not fit; at most {fit} fit now")
+        else:
+            click.echo(
+                f"  fits, and {share:.1%} of the limits would be used; at most {fit} fit now"
+            )
         if with_noise is not None:
             try:
                 noise = accountant.smallest_noise(name, with_noise, uses=uses)

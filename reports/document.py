@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Any
 from accountant import Statement, Verification
 from accountant.entries import Kind
 from accountant.statements import Line
+from dp.readings import if_fixed
 
 SCHEMA = "epsledger-report-1"
 _BURN_DOWN_POINTS = 500
@@ -90,11 +92,7 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
                 {"seq": seq, "uses": uses, "marked": marked}
                 for seq, uses, marked in statement.open_reservations
             ],
-            "if_fixed_in_advance": {
-                "label": "if the operations had been fixed in advance",
-                "epsilon": statement.epsilon_if_fixed,
-                "delta": limits.delta,
-            },
+            "if_fixed_in_advance": _if_fixed(statement),
         },
         "events": _events(statement),
         "refusals": _refusals(statement),
@@ -118,6 +116,18 @@ def _guarantee(statement: Statement) -> str:
         f" privacy filter ({limits.accounting} accounting, version {limits.version}) that charges"
         " an operation before it may touch private data, or refuses it."
     )
+
+
+def _if_fixed(statement: Statement) -> dict[str, object]:
+    limits = statement.budget.filter
+    found = if_fixed(statement.spent, limits.delta, limits.relation)
+    return {
+        "label": "if the operations had been fixed in advance",
+        "delta": found.delta,
+        "epsilon_renyi": found.renyi if found.renyi < math.inf else None,
+        "epsilon_pld": found.pld,
+        "epsilon_pld_low": found.pld_low,
+    }
 
 
 def _problems(verification: Verification) -> list[str]:

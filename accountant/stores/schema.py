@@ -72,6 +72,7 @@ class ReservationRow(_Table, table=True):
     event: bytes
     uses: int
     holder: str
+    charged: bytes
     marked: int
     open: bool
 
@@ -157,7 +158,8 @@ _TRIGGERS = [
     _forbid(
         "epsledger_reservation",
         "UPDATE",
-        "NEW.uses <> OLD.uses OR NEW.marked < OLD.marked OR NEW.open > OLD.open",
+        "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged"
+        " OR NEW.marked < OLD.marked OR NEW.open > OLD.open",
     ),
     _forbid("epsledger_reservation", "DELETE"),
     _forbid("epsledger_key", "UPDATE", "OLD.answer IS NOT NULL OR NEW.payload <> OLD.payload"),

@@ -150,7 +150,8 @@ class SqlTransaction:
                 ).first()
             if row is None:
                 return None
-            hold = Hold(row.seq, row.event, row.uses, row.holder, row.marked, row.open)
+            charged = unpack_lanes(row.charged)
+            hold = Hold(row.seq, row.event, row.uses, row.holder, charged, row.marked, row.open)
             self._holds[key] = (hold, (hold.marked, hold.open))
         return self._holds[key][0]
 
@@ -213,6 +214,7 @@ class SqlTransaction:
                     "event": hold.event,
                     "uses": hold.uses,
                     "holder": hold.holder,
+                    "charged": pack_lanes(hold.charged),
                     "marked": hold.marked,
                     "open": hold.open,
                 }

@@ -49,6 +49,7 @@ from dp import (
     PoissonSampled,
     PureDP,
     Repeated,
+    TreeAggregation,
     UnsupportedEvent,
     adaptive,
     pure,
@@ -219,8 +220,8 @@ TABLE = [
     # Units and relations
     Bad("another unit", lambda w: w.charge(unit="author"), UnitMismatch, "protects one 'article' under add_remove, the operation one 'author'"),
     Bad("another relation", lambda w: w.charge(relation=REPLACE), UnitMismatch, "under replace_one"),
-    Bad("Poisson under replace-one", lambda w: w.charge(STEP, budget="rows", relation=REPLACE), UnsupportedEvent, "proved for add_remove only"),
-    Bad("Laplace on a Gaussian's sample", lambda w: w.charge(PoissonSampled(0.1, Composed((Gaussian(1.0), Laplace(1.0))))), UnsupportedEvent, "cannot be priced"),
+    Bad("Poisson under replace-one", lambda w: w.charge(STEP, budget="rows", relation=REPLACE), UnsupportedEvent, "needs a budget under add_remove"),
+    Bad("a tree on a sample", lambda w: w.charge(PoissonSampled(0.1, TreeAggregation(1.0, 8))), UnsupportedEvent, "cannot be priced"),
     # Labels and keys
     Bad("no activity", lambda w: w.charge(activity=""), InvalidRequest, "activity must be 1 to 200 printable characters, got ''"),
     Bad("an unprintable activity", lambda w: w.charge(activity="sur\x1b[2Jvey"), InvalidRequest, "activity must be 1 to 200 printable"),

@@ -179,9 +179,10 @@ def test_planning_spends_nothing_and_is_exact(accountant, location, digest_of):
     before = digest_of(location)
     fitting = accountant.uses_that_fit("news", Gaussian(40.0))
     sigma = accountant.smallest_noise("news", Gaussian, uses=200)
-    share = accountant.share_after("news", Gaussian(40.0), fitting)
+    share = accountant.share_after("news", [(Gaussian(40.0), fitting)])
     assert digest_of(location) == before
-    assert share <= 1 < accountant.share_after("news", Gaussian(40.0), fitting + 1)
+    assert 0.99 < share <= 1
+    assert accountant.share_after("news", [(Gaussian(40.0), fitting + 1)]) is None
     assert accountant.uses_that_fit("news", Gaussian(sigma)) >= 200
     assert accountant.uses_that_fit("news", Gaussian(sigma * (1 - 1e-4))) < 200
     with pytest.raises(BudgetExceeded):

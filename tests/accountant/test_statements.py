@@ -31,7 +31,7 @@ def test_of_a_new_budget(accountant):
     assert statement.budget == accountant.budget("news")
     assert (statement.seq, statement.share, statement.refused) == (1, 0.0, 0)
     assert (statement.activities, statement.open_reservations) == ((), ())
-    assert statement.epsilon_if_fixed == 0.0
+    assert statement.spent == ()
     assert [line.entry.kind.name for line in statement.lines] == ["OPEN"]
 
 
@@ -70,7 +70,7 @@ def test_shares_of_a_pure_budget(accountant):
     statement = accountant.statement("tips")
     assert statement.share == pytest.approx(0.5, rel=1e-8)
     assert [line.share for line in statement.activities] == pytest.approx([0.2, 0.3], rel=1e-8)
-    assert statement.epsilon_if_fixed == pytest.approx(5.0, rel=1e-8)
+    assert statement.spent == ((PureDP(1.0), 5),)
 
 
 def test_the_share_rises_with_a_reservation_and_falls_at_settling(accountant):
@@ -80,17 +80,16 @@ def test_the_share_rises_with_a_reservation_and_falls_at_settling(accountant):
     assert shares == pytest.approx([0.0, 0.8, 0.8, 0.2], rel=1e-8)
 
 
-def test_epsilon_if_fixed_is_the_renyi_epsilon_of_the_log(accountant):
-    uses, sigma, delta = 120, 50.0, 1e-6
-    accountant.charge("news", Gaussian(sigma), uses=uses, unit="article", activity="x")
-    # Canonne, Kamath, Steinke 2020, Proposition 12, over the orders of the filter.
-    expected = min(
-        uses * a / (2 * sigma**2) + math.log1p(-1 / a) - math.log(a * delta) / (a - 1)
-        for a in (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-    )
-    found = accountant.statement("news").epsilon_if_fixed
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert found < accountant.budget("news").filter.epsilon
+def test_spent_leaves_out_what_was_returned(accountant):
+    spend(accountant)
+    with accountant.reserve("news", STEP, uses=30, unit="article", activity="x") as held:
+        held.mark(4)
+    spent = dict(accountant.statement("news").spent)
+    assert sum(spent.values()) == 43 + 150 + 9 + 4
+    assert spent[STEP] == 154
+    with accountant.reserve("tips", PureDP(1.0), uses=2, unit="article", activity="x"):
+        pass
+    assert accountant.statement("tips").spent == ()
 
 
 def test_notes_events_and_times_are_readable(accountant):

@@ -229,7 +229,7 @@ SQL = [
     ("an open reservation closed", ["UPDATE epsledger_reservation SET open = 0"], "reservations are not those of the entries"),
     ("marks forgotten", ["UPDATE epsledger_reservation SET marked = 0"], "reservations are not those of the entries"),
     ("a reservation deleted", ["DELETE FROM epsledger_reservation WHERE open = 1"], "reservations are not those of the entries"),
-    ("a reservation added", ["INSERT INTO epsledger_reservation SELECT budget, 2, event, uses, holder, 0, 1 FROM epsledger_reservation LIMIT 1"], "reservations are not those of the entries"),
+    ("a reservation added", ["INSERT INTO epsledger_reservation SELECT budget, 2, event, uses, holder, charged, 0, 1 FROM epsledger_reservation LIMIT 1"], "reservations are not those of the entries"),
     ("a key for a charge that never was", ["INSERT INTO epsledger_key SELECT budget, 'forged', payload, 99, digest, answer FROM epsledger_key LIMIT 1"], "key 'forged' refers to entry 99"),
     ("pending refusals in another form", ["UPDATE epsledger_budget SET pending = '{\"a:1:b\":[1,2]}'"], "pending refusals"),
 ]  # fmt: skip
@@ -332,8 +332,8 @@ def forged(location: Path, entries: list[Entry], spent: int, holds: list[tuple] 
         )
         for seq, uses, marked, is_open in holds:
             connection.execute(
-                "INSERT INTO epsledger_reservation VALUES ('tips', ?, ?, ?, 'me', ?, ?)",
-                (seq, DIGEST, uses, marked, is_open),
+                "INSERT INTO epsledger_reservation VALUES ('tips', ?, ?, ?, 'me', ?, ?, ?)",
+                (seq, DIGEST, uses, (uses * price).to_bytes(16, "little"), marked, is_open),
             )
     return problems(verified(location))
 

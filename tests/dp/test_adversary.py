@@ -17,6 +17,7 @@ import pytest
 from scipy.stats import norm
 
 from dp import Filter, Gaussian, adaptive, pure
+from dp.costs import Cost
 from dp.filters import ORDERS, Price
 
 _ORDERS = np.array(ORDERS, dtype=float)[:, None]
@@ -97,9 +98,7 @@ def ours(budget: Filter) -> Rule:
     def price(mechanism: Mechanism) -> Price:
         curve = dict(zip(ORDERS, mechanism.renyi().tolist(), strict=True))
         return budget.quantize(
-            renyi=curve.__getitem__,
-            mu_squared=mechanism.mu_squared,
-            epsilon=mechanism.largest_loss(),
+            Cost(curve.__getitem__, mechanism.mu_squared, mechanism.largest_loss())
         )
 
     return Rule(price, budget.admits, len(budget.limits))

@@ -26,11 +26,12 @@ from dp import (
     pure,
     smallest_noise,
 )
+from dp.accountings import limits_hold
 from dp.codec import decode, encode
 from dp.conversions import gaussian_mu
 from dp.errors import DPError, MalformedEvent
 from dp.events import canonical
-from dp.filters import NEVER, Filter, limits_hold
+from dp.filters import NEVER, Filter
 from dp.sampling import gaussian
 from dp.validate import MAX_COUNT
 from tests.dp import oracles
@@ -41,7 +42,7 @@ WITHOUT_DELTA = {name: BUDGET.to_record()[name][1:] for name in ("lanes", "weigh
 
 def assert_nothing_fits(event: Event) -> None:
     price = BUDGET.price(event)
-    assert not BUDGET.admits(BUDGET.charge(price, 1))
+    assert not BUDGET.admits(BUDGET.charge((), price, 1))
     assert BUDGET.uses_that_fit((0,) * len(price), price) == 0
     assert pure(8.0).price(event)[0] > pure(8.0).limits[0]
 
@@ -118,7 +119,7 @@ def assert_costs_a_unit_or_two(event: Event) -> None:
 def test_an_expected_workload_may_be_extreme(expect: Event) -> None:
     budget = adaptive(8.0, 1e-6, expect=expect)
     assert limits_hold(budget)
-    assert budget.uses_that_fit((0,) * 19, budget.price(Gaussian(50.0))) > 1000
+    assert budget.uses_that_fit((0,) * len(budget.limits), budget.price(Gaussian(50.0))) > 1000
 
 
 def test_certain_sampling_expects_the_same_as_none() -> None:
@@ -275,7 +276,7 @@ def test_uses_that_fit_can_be_asked_for() -> None:
 def test_a_price_is_one_of_the_integers_that_pack() -> None:
     price = BUDGET.price(Repeated(Gaussian(1e-200), MAX_COUNT))
     assert max(price) <= NEVER * MAX_COUNT
-    assert max(BUDGET.charge(price, MAX_COUNT)) < 2**64
+    assert max(BUDGET.charge((), price, MAX_COUNT)) < 2**64
 
 
 def test_noise_at_the_top_of_the_range_is_finite() -> None:

@@ -8,9 +8,11 @@ from dp_accounting import pld, rdp
 from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from mpmath import mp, mpf
 
-from dp import Event, Gaussian, PoissonSampled, Repeated, adaptive, costs
+from dp import Event, Gaussian, PoissonSampled, adaptive
 from dp.conversions import gaussian_delta, gaussian_mu, renyi_limit, renyi_to_epsilon
+from dp.costs import ADD_REMOVE, cost
 from dp.filters import ORDERS
+from dp.readings import IfFixed, if_fixed
 from tests.dp import oracles
 
 TUTORIAL = (0.04, 1.5, 2250, 1e-5)
@@ -67,7 +69,7 @@ def solved_conversion(order: int, divergence: mpf, delta: float) -> mpf:
 def our_epsilons(setting: tuple[float, float, int, float]) -> dict[int, float]:
     q, sigma, steps, delta = setting
     step = PoissonSampled(q, Gaussian(sigma))
-    return {a: renyi_to_epsilon(a, steps * costs.renyi(step, a), delta) for a in ORDERS}
+    return {a: renyi_to_epsilon(a, steps * cost(step).renyi(a), delta) for a in ORDERS}
 
 
 @pytest.mark.parametrize(
@@ -239,9 +241,9 @@ def test_the_optimum_itself(event: Gaussian, epsilon: float, optimum: int) -> No
         assert oracles.gaussian_delta(epsilon, per_use * mp.sqrt(optimum + 2)) > 1e-6
 
 
-def test_epsilon_if_fixed_of_the_tutorial() -> None:
+def test_the_tutorial_if_fixed_in_advance() -> None:
     q, sigma, steps, delta = TUTORIAL
-    budget = adaptive(12.0, delta)
-    totals = budget.charge(budget.price(Repeated(PoissonSampled(q, Gaussian(sigma)), steps)), 1)
-    assert budget.epsilon_if_fixed(totals) == pytest.approx(BY_ORDER[TUTORIAL][4], rel=1e-8)
-    assert budget.epsilon_if_fixed((0,) * len(totals)) == 0.0
+    found = if_fixed([(PoissonSampled(q, Gaussian(sigma)), steps)], delta, ADD_REMOVE)
+    assert found.renyi == pytest.approx(BY_ORDER[TUTORIAL][4], rel=1e-8)
+    assert found.pld_low <= 6.768787 <= found.pld < 6.7689  # dp_accounting's PLD
+    assert if_fixed([], delta, ADD_REMOVE) == IfFixed(delta, 0.0, 0.0, 0.0)

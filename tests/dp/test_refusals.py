@@ -21,6 +21,7 @@ from dp import (
 )
 from dp.codec import decode, digest, encode
 from dp.conversions import gaussian_mu
+from dp.costs import Cost
 from dp.errors import DPError, NothingFits
 from dp.events import MAX_DEPTH, canonical
 from dp.filters import NEVER
@@ -142,18 +143,16 @@ def test_counts_that_multiply_past_the_largest() -> None:
 
 @pytest.mark.parametrize("cost", [float("nan"), -1.0, -1e-300, float("inf"), float("-inf")])
 def test_costs_that_are_none(cost: float) -> None:
-    price = adaptive(1.0, 1e-6).quantize(
-        renyi=lambda _: cost, mu_squared=cost, epsilon=cost, delta=cost
-    )
+    price = adaptive(1.0, 1e-6).quantize(Cost(lambda _: cost, cost, cost, cost))
     assert set(price) == {NEVER}
 
 
 def test_a_delta_of_its_own() -> None:
     budget = adaptive(1.0, 1e-6)
-    price = budget.quantize(renyi=lambda _: 0.0, mu_squared=0.0, epsilon=0.0, delta=1e-9)
+    price = budget.quantize(Cost(lambda _: 0.0, 0.0, 0.0, 1e-9))
     assert price[0] >= 1e-9 * 2**62
     assert budget.uses_that_fit((0,) * len(price), price) == 9
-    with_orders = budget.quantize(renyi=lambda _: 0.0)
+    with_orders = budget.quantize(Cost(lambda _: 0.0))
     assert (with_orders[0], with_orders[1], with_orders[3]) == (0, NEVER, 1)
 
 
@@ -183,7 +182,7 @@ DEEP = b'{"count":2,"event":' * 900 + GAUSSIAN + b',"kind":"Repeated"}' * 900
         b'{"kind":["Gaussian"],"noise_multiplier":1}',
         b'{"kind":"Gaussian"}',
         b'{"kind":"gaussian","noise_multiplier":1}',
-        b'{"kind":"DiscreteGaussian","noise_multiplier":1}',
+        b'{"kind":"Uniform","noise_multiplier":1}',
         b'{"kind":"Event"}',
         b'{"kind":"\\ud800"}',
         b'{"extra":1,"kind":"Gaussian","noise_multiplier":1}',
@@ -258,7 +257,7 @@ def test_an_encoding_is_for_ever() -> None:
 @pytest.mark.parametrize("uses", [1, 30, 1000])
 def test_the_smallest_noise_fits_and_a_smaller_one_does_not(uses: int) -> None:
     budget = adaptive(3.0, 1e-6)
-    held = budget.charge(budget.price(Gaussian(60.0)), 100)
+    held = budget.charge((), budget.price(Gaussian(60.0)), 100)
     for with_noise in (Gaussian, Laplace, lambda sigma: PoissonSampled(0.01, Gaussian(sigma))):
         noise = smallest_noise(budget, held, with_noise, uses=uses)
         assert uses_that_fit(budget, held, with_noise(noise)) >= uses

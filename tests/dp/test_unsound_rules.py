@@ -14,6 +14,7 @@ import pytest
 from mpmath import mp, mpf
 
 from dp import Filter, adaptive, pure
+from dp.costs import Cost
 from dp.filters import Price
 from tests.dp import oracles
 
@@ -37,10 +38,8 @@ class Mechanism(NamedTuple):
 
     def price(self, budget: Filter) -> Price:
         pure_loss = self.renyi(2) < mp.inf
-        return budget.quantize(
-            renyi=lambda order: float(self.renyi(order)),
-            epsilon=float(oracles.largest_loss(self.p, self.q)) if pure_loss else math.inf,
-        )
+        loss = float(oracles.largest_loss(self.p, self.q)) if pure_loss else math.inf
+        return budget.quantize(Cost(lambda order: float(self.renyi(order)), epsilon=loss))
 
 
 def leaves(first: Mechanism, then: list[Mechanism | None]) -> Iterator[tuple[mpf, mpf]]:
@@ -207,7 +206,7 @@ def test_the_same_at_a_delta_that_adaptive_takes(start: str) -> None:
     assert oracles.worst_delta(list(leaves(first, taken)), epsilon) <= delta
 
     def charged_reveal(r: mpf) -> Price:  # (0, r)-DP: its own delta, and nothing else
-        return budget.quantize(renyi=lambda _: 0.0, mu_squared=0.0, epsilon=0.0, delta=float(r))
+        return budget.quantize(Cost(lambda _: 0.0, 0.0, 0.0, float(r)))
 
     ours = [
         response(largest(lambda e: budget.admits(added(once, response(e).price(budget))), "3")),

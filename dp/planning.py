@@ -1,7 +1,6 @@
 """What-if on a budget's current state: the same integers as enforcement, and spends nothing.
 
->>> from dp.filters import adaptive
->>> from dp.events import Gaussian
+>>> from dp import Gaussian, adaptive
 >>> budget = adaptive(3.0, 1e-6)
 >>> unspent = (0,) * len(budget.limits)
 >>> uses_that_fit(budget, unspent, Gaussian(50.0))
@@ -12,11 +11,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from dp import validate
 from dp.errors import NothingFits
-from dp.events import Event
+from dp.events import Event, Gaussian, PoissonSampled
 from dp.filters import Filter, Price
 
 
@@ -32,6 +31,56 @@ def uses_that_fit(budget: Filter, totals: Price, event: Event) -> int:
         UnsupportedEvent: If the event has no price under this budget.
     """
     return budget.uses_that_fit(totals, budget.price(event))
+
+
+def steps_that_fit(
+    budget: Filter, totals: Price, *, sampling_probability: float, noise_multiplier: float
+) -> int:
+    """Return how many DP-SGD steps with Poisson samples still fit.
+
+    >>> from dp import adaptive
+    >>> budget = adaptive(3.0, 1e-6)
+    >>> steps_that_fit(budget, (0,) * 19, sampling_probability=0.01, noise_multiplier=1.0)
+    1544
+    """
+    return uses_that_fit(
+        budget, totals, PoissonSampled(sampling_probability, Gaussian(noise_multiplier))
+    )
+
+
+def after(budget: Filter, totals: Price, events: Iterable[tuple[Event, int]]) -> Price | None:
+    """Return what the lanes would hold after the events in this order, or None if one is refused.
+
+    Args:
+        budget: The budget's filter.
+        totals: What its lanes hold now.
+        events: Each with its number of uses.
+
+    Raises:
+        UnsupportedEvent: If an event has no price under this budget.
+    """
+    for event, uses in events:
+        totals = budget.after(totals, budget.price(event), validate.count(uses=uses))
+        if not budget.admits(totals):
+            return None
+    return totals
+
+
+def frontier(
+    budget: Filter,
+    totals: Price,
+    with_noise: Callable[[float], Event],
+    noise_multipliers: Sequence[float],
+) -> tuple[tuple[float, int], ...]:
+    """Return (noise multiplier, uses that fit) for each noise multiplier.
+
+    >>> from dp import Gaussian, adaptive
+    >>> frontier(adaptive(3.0, 1e-6), (0,) * 19, Gaussian, [25.0, 50.0, 100.0])
+    ((25.0, 238), (50.0, 952), (100.0, 3810))
+    """
+    return tuple(
+        (noise, uses_that_fit(budget, totals, with_noise(noise))) for noise in noise_multipliers
+    )
 
 
 def smallest_noise(

@@ -1,0 +1,324 @@
+"""Privacy loss distributions: tight sums of what was fixed before anything ran.
+
+A thin layer over dp_accounting (Doroshenko et al., "Connect the Dots: Tighter Discrete
+Approximations of Privacy Loss Distributions", 2022), always with pessimistic rounding: each event
+is replaced by a pair of output distributions on a grid of losses that dominates it, and uses are
+composed by FFT, apart for adding and for removing a unit.
+
+Never a rule for events that are chosen after seeing outputs; :mod:`dp.accountings` says what may
+be computed from this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
+from dp import validate
+from dp.conversions import gaussian_mu, pure_mu
+from dp.costs import cost
+from dp.errors import InvalidParameter, NothingFits, UnsupportedEvent
+from dp.events import (
+    Atomic,
+    DiscreteGaussian,
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    ShuffledEpoch,
+    parts,
+)
+from dp.units import NeighboringRelation
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+SMALLEST_DELTA = 1e-9
+"""Below it the rounding errors of an FFT are not negligible."""
+
+GRID = 1e-4
+"""Distance of neighboring losses, in nats."""
+
+_POINTS = 2_000_000
+"""Most points of one grid; where one use needs more, nothing of it would fit any budget."""
+
+_ROUNDING = 1e-11
+"""Added to every delta for the FFT's rounding, on top of what its output shows of it: that is
+white, so where the truth is 0 half of the cells come out negative; eight times their sum."""
+
+Slots = tuple[tuple[Atomic, int], ...]
+"""Events in canonical form, and how often each is used."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """The privacy losses of a fixed composition, one distribution for each direction.
+
+    Attributes:
+        directions: (losses, probabilities, mass at infinity) of each: two arrays of equal shape
+            (n,), in nats and in probability.
+        slack: What rounding may have taken from a delta; already in :meth:`delta`.
+    """
+
+    directions: tuple[tuple[NDArray[np.float64], NDArray[np.float64], float], ...]
+    slack: float
+
+    def delta(self, epsilon: float, mu: float = 0.0) -> float:
+        """Bound the delta at epsilon of this composition together with a mu-GDP interaction.
+
+        The mass at infinity plus, over all losses l, p(l) times the delta of mu-GDP at
+        epsilon - l; the larger direction; plus the slack.
+
+        Args:
+            epsilon: In nats; any real number.
+            mu: Gaussian-DP parameter; 0 for this composition alone.
+        """
+        return self.slack + max(
+            infinity + float(probabilities @ _gaussian_deltas(epsilon - losses, mu))
+            for losses, probabilities, infinity in self.directions
+        )
+
+    def epsilon(self, delta: float, mu: float = 0.0) -> float:
+        """Return the smallest epsilon at delta, rounded up by 1e-6; infinite if there is none."""
+        if self.delta(0.0, mu) <= delta:
+            return 0.0
+        high = 1.0
+        while self.delta(high, mu) > delta:
+            high *= 2
+            if high > 1e4:
+                return math.inf
+        return float(brentq(lambda at: self.delta(at, mu) - delta, 0.0, high, xtol=1e-9)) + 1e-6
+
+
+def compose(slots: Slots, relation: NeighboringRelation, *, pessimistic: bool = True) -> Losses:
+    """Return the losses of all uses of all slots.
+
+    Args:
+        slots: Events and their uses.
+        relation: Neighboring relation.
+        pessimistic: Whether losses are rounded up; down only to show what the grid costs.
+
+    Raises:
+        UnsupportedEvent: If no dominating pair is known for an event under the relation.
+
+    >>> from dp.units import NeighboringRelation
+    >>> steps = ((PoissonSampled(0.01, Gaussian(1.0)), 1000),)
+    >>> losses = compose(steps, NeighboringRelation.ADD_REMOVE)
+    >>> round(losses.epsilon(1e-6), 3)
+    2.125
+    """
+    total: PrivacyLossDistribution | None = None
+    for event, uses in slots:
+        several = _dense(one_use(event, relation, pessimistic=pessimistic)).self_compose(uses)
+        total = several if total is None else total.compose(several)
+    if total is None:
+        nothing = np.zeros(1), np.ones(1), 0.0
+        return Losses((nothing,), 0.0)
+    return _losses(total)
+
+
+def largest_count(
+    event: Atomic, relation: NeighboringRelation, epsilon: float, delta: float
+) -> int:
+    """Return how many uses of one event are (epsilon, delta)-DP if fixed in advance.
+
+    Raises:
+        UnsupportedEvent: As for :func:`compose`.
+    """
+
+    def excess(uses: float) -> float:
+        spent = compose(((event, max(1, round(uses))),), relation).delta(epsilon)
+        return math.log(max(spent, 1e-300) / delta)
+
+    if excess(1) > 0:
+        return 0
+    high = 2
+    while excess(high) <= 0:
+        high *= 4
+        if high > validate.MAX_COUNT:
+            return validate.MAX_COUNT
+    found = round(brentq(excess, 1, high, xtol=0.5, rtol=1e-12))
+    while excess(found) > 0:
+        found -= 1
+    return found
+
+
+def largest_mu(losses: Losses, epsilon: float, delta: float) -> float:
+    """Return the largest mu for which the losses and a mu-GDP interaction are (epsilon, delta)-DP.
+
+    Rounded down; 0 where nothing is left.
+
+    Raises:
+        NothingFits: If the losses alone are not (epsilon, delta)-DP.
+        InvalidParameter: If the numerical slack is not negligible beside delta.
+    """
+    if losses.slack > 0.02 * delta:
+        raise InvalidParameter(
+            "delta", delta, f"far above {losses.slack:.1e}, the rounding error of this plan"
+        )
+    spent = losses.delta(epsilon)
+    if spent > delta:
+        raise NothingFits(
+            f"the slots alone have delta {spent:.3g} at epsilon {epsilon!r}, above {delta!r}:"
+            " commit to fewer uses or more noise"
+        )
+    high = gaussian_mu(epsilon, delta) * (1 + 1e-6)
+    low = high / 1e6
+    if losses.delta(epsilon, low) > delta:
+        return 0.0
+    if losses.delta(epsilon, high) <= delta:
+        return high / (1 + 1e-6)
+    mu = float(brentq(lambda mu: losses.delta(epsilon, mu) - delta, low, high, rtol=1e-10))
+    while losses.delta(epsilon, mu) > delta:
+        mu *= 1 - 1e-9
+    return mu
+
+
+@lru_cache(maxsize=32)
+def one_use(
+    event: Atomic, relation: NeighboringRelation, *, pessimistic: bool = True
+) -> PrivacyLossDistribution:
+    """Return dp_accounting's distribution of one use, rounded up or down.
+
+    Raises:
+        UnsupportedEvent: If no dominating pair is known for the event under the relation.
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    match event:
+        case ShuffledEpoch(inner):
+            cost(event, relation)
+            losses = [
+                _dense(one_use(part, relation, pessimistic=pessimistic)).self_compose(uses)
+                for part, uses in parts(inner).items()
+            ]
+            total = losses[0]
+            for other in losses[1:]:
+                total = total.compose(other)
+            return total
+        case Laplace(scale) | PoissonSampled(_, Laplace(scale)):
+            cost(event, relation)
+            _check_range(event, 2 / scale)
+            return pld.from_laplace_mechanism(
+                scale,
+                pessimistic_estimate=pessimistic,
+                use_connect_dots=pessimistic,
+                value_discretization_interval=_grid(pessimistic=pessimistic),
+                sampling_prob=getattr(event, "sampling_probability", 1.0),
+            )
+        case PoissonSampled(q, inner) if all(isinstance(p, Gaussian) for p in parts(inner)):
+            cost(event, relation)
+            return _gaussian(event, cost(inner, relation).mu_squared, q, pessimistic=pessimistic)
+    bound = cost(event, relation)
+    if bound.epsilon == math.inf and bound.mu_squared < math.inf:
+        return _gaussian(event, bound.mu_squared, pessimistic=pessimistic)
+    if bound.epsilon == math.inf:
+        what = "a Gaussian" if isinstance(event, DiscreteGaussian) else "Gaussian or pure DP"
+        raise UnsupportedEvent(
+            event, f"it is not {what}: no dominating pair is known; use an adaptive budget"
+        )
+    if bound.mu_squared < 0.99 * pure_mu(bound.epsilon) ** 2:
+        return _gaussian(event, bound.mu_squared, pessimistic=pessimistic)
+    return _response(event, bound.epsilon, bound.delta, relation, pessimistic=pessimistic)
+
+
+def _gaussian(
+    event: Atomic, mu_squared: float, q: float = 1.0, *, pessimistic: bool
+) -> PrivacyLossDistribution:
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    mu = math.sqrt(mu_squared) * (1 + 1e-12)
+    _check_range(event, mu * mu + 20 * mu)
+    return pld.from_gaussian_mechanism(
+        1 / max(mu, 1e-12),
+        pessimistic_estimate=pessimistic,
+        use_connect_dots=pessimistic,
+        value_discretization_interval=_grid(pessimistic=pessimistic),
+        sampling_prob=q,
+    )
+
+
+def _response(
+    event: Atomic,
+    epsilon: float,
+    delta: float,
+    relation: NeighboringRelation,
+    *,
+    pessimistic: bool,
+) -> PrivacyLossDistribution:
+    """Return the distribution of randomized response, or of its response on a Poisson sample."""
+    from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    _check_range(event, 2 * epsilon)
+    q = 1.0
+    if isinstance(event, PoissonSampled) and not delta:
+        q, epsilon = event.sampling_probability, cost(event.event, relation).epsilon
+        _check_range(event, 2 * epsilon)
+    lie, grid = 1 / (1 + math.exp(epsilon)), _grid(pessimistic=pessimistic)
+    mixed = (1 - q) * lie + q * (1 - lie)
+
+    def rounded(p: float, r: float) -> pld_pmf.PLDPmf:
+        # Two outcomes, of probabilities p and 1-p against r and 1-r; the dots around their losses.
+        losses = math.log(p / r), math.log((1 - p) / (1 - r))
+        if not pessimistic:
+            low = [math.floor(x / grid) for x in losses]
+            inside = {low[0]: p * (1 - delta)}
+            inside[low[1]] = inside.get(low[1], 0.0) + (1 - p) * (1 - delta)
+            return pld_pmf.create_pmf(inside, grid, delta, False)
+        dots = sorted({math.floor(x / grid) + i for x in losses for i in (0, 1)})
+        deltas = [
+            max(0.0, p - scale * r) + max(0.0, 1 - p - scale * (1 - r))
+            for scale in (math.exp(dot * grid) for dot in dots)
+        ]
+        pmf = pld_pmf.create_pmf_pessimistic_connect_dots(grid, dots, deltas)
+        inside = {at: p * (1 - delta) for at, p in pmf._loss_probs.items()}  # noqa: SLF001
+        return pld_pmf.create_pmf(inside, grid, delta + (1 - delta) * pmf._infinity_mass, True)  # noqa: SLF001
+
+    return pld.PrivacyLossDistribution(rounded(mixed, lie), rounded(lie, mixed))
+
+
+def _dense(distribution: PrivacyLossDistribution) -> PrivacyLossDistribution:
+    # Sparse ones are composed use by use: a loop over 2**53 uses of next to nothing.
+    both = distribution._pmf_remove.to_dense_pmf(), distribution._pmf_add.to_dense_pmf()  # noqa: SLF001
+    return type(distribution)(*both)
+
+
+def _grid(*, pessimistic: bool) -> float:
+    # Losses that are rounded down drift by half of the grid at each use; connected dots do not.
+    return GRID if pessimistic else GRID / 10
+
+
+def _check_range(event: Atomic, losses: float) -> None:
+    if losses > _POINTS * GRID:
+        raise NothingFits(f"one use of {event!r} may lose up to {losses / 2:.3g} nats of privacy")
+
+
+def _losses(distribution: PrivacyLossDistribution) -> Losses:
+    # dp_accounting offers no public view of the probabilities; tests pin what is read here.
+    directions, slack = [], 0.0
+    for pmf in (distribution._pmf_remove, distribution._pmf_add):  # noqa: SLF001
+        dense = pmf.to_dense_pmf()
+        raw = np.asarray(dense._probs, dtype=np.float64)  # noqa: SLF001
+        probabilities = np.maximum(raw, 0.0)
+        infinity = float(dense._infinity_mass)  # noqa: SLF001
+        missing = max(0.0, 1.0 - math.fsum((infinity, float(raw.sum()))))
+        slack = max(slack, missing + 8 * float((probabilities - raw).sum()))
+        kept = probabilities > 0
+        losses = (np.arange(len(raw)) + dense._lower_loss)[kept] * dense._discretization  # noqa: SLF001
+        directions.append((losses, probabilities[kept], infinity))
+    return Losses(tuple(directions), slack + _ROUNDING)
+
+
+def _gaussian_deltas(epsilons: NDArray[np.float64], mu: float) -> NDArray[np.float64]:
+    if mu == 0.0:
+        return -np.expm1(np.minimum(epsilons, 0.0))
+    kept = log_ndtr(-epsilons / mu + mu / 2)
+    removed = epsilons + log_ndtr(-epsilons / mu - mu / 2)
+    return np.exp(kept) * -np.expm1(np.minimum(0.0, removed - kept))
