@@ -38,14 +38,18 @@ class BudgetExceeded(AccountantError):
         event: One use of what was asked.
         requested: How many uses were asked.
         remaining: How many uses of this event would still fit.
+        advice: Which budget would take it, where this one could not even when it was new.
     """
 
-    def __init__(self, budget: str, event: Event, requested: int, remaining: int) -> None:
+    def __init__(
+        self, budget: str, event: Event, requested: int, remaining: int, advice: str = ""
+    ) -> None:
         super().__init__(
             f"budget {budget!r}: {requested} x {event!r} refused, {remaining} would fit"
+            + (f"; {advice}" if advice else "")
         )
         self.budget, self.event = budget, event
-        self.requested, self.remaining = requested, remaining
+        self.requested, self.remaining, self.advice = requested, remaining, advice
 
 
 class UnknownBudget(AccountantError, LookupError):

@@ -377,7 +377,11 @@ def _admit(
     if not limits.admits(totals):
         _refuse(tx, book, ask, event, now)
         return BudgetExceeded(
-            ask.budget, ask.event, ask.uses, limits.uses_that_fit(book.totals, price)
+            ask.budget,
+            ask.event,
+            ask.uses,
+            limits.uses_that_fit(book.totals, price),
+            limits.advice(price),
         )
     tx.keep_event(book, event)
     book.totals = totals

@@ -10,33 +10,35 @@
 from dp.accountings import adaptive, planned, pure
 from dp.errors import DPError, InvalidParameter, MalformedEvent, NothingFits, UnsupportedEvent
 from dp.events import (
-    ZCDP,
-    ApproximateDP,
-    BandedMatrixFactorization,
     Composed,
-    DiscreteGaussian,
-    DiscreteLaplace,
     Event,
-    ExponentialMechanism,
     FixedSizeSampled,
-    Gaussian,
-    GumbelTopK,
-    Laplace,
     NonPrivate,
-    PermuteAndFlip,
     PoissonSampled,
-    ProposeTestRelease,
-    PureDP,
-    RandomizedResponse,
     RepeatAndSelect,
     RepeatAndSelectPoisson,
     Repeated,
-    ReportNoisyMax,
     ShuffledEpoch,
+)
+from dp.filters import Filter, Price
+from dp.mechanisms import (
+    ZCDP,
+    ApproximateDP,
+    BandedMatrixFactorization,
+    DiscreteGaussian,
+    DiscreteLaplace,
+    ExponentialMechanism,
+    Gaussian,
+    GumbelTopK,
+    Laplace,
+    PermuteAndFlip,
+    ProposeTestRelease,
+    PureDP,
+    RandomizedResponse,
+    ReportNoisyMax,
     SparseVector,
     TreeAggregation,
 )
-from dp.filters import Filter, Price
 from dp.planning import after, frontier, smallest_noise, steps_that_fit, uses_that_fit
 from dp.units import NeighboringRelation
 

@@ -37,8 +37,15 @@ from collections.abc import Sequence
 from dp import pld, validate
 from dp.conversions import gaussian_mu, renyi_limit
 from dp.costs import cost
-from dp.errors import InvalidParameter, UnsupportedEvent
-from dp.events import Atomic, Event, Gaussian, PoissonSampled, Repeated, canonical, parts
+from dp.errors import InvalidParameter, NothingFits, UnsupportedEvent
+from dp.events import (
+    Atomic,
+    Event,
+    PoissonSampled,
+    Repeated,
+    canonical,
+    parts,
+)
 from dp.filters import (
     DELTA,
     EPSILON,
@@ -49,6 +56,9 @@ from dp.filters import (
     Filter,
     lanes,
     rounded_down,
+)
+from dp.mechanisms import (
+    Gaussian,
 )
 from dp.units import NeighboringRelation
 
@@ -222,7 +232,7 @@ def _counted(expect: Event, delta: float, relation: NeighboringRelation) -> Atom
         return None
     try:
         pld.one_use(event, relation)
-    except UnsupportedEvent:
+    except (NothingFits, UnsupportedEvent):
         return None
     return event
 

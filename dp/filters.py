@@ -31,9 +31,10 @@ from typing import Any, cast
 
 from dp import validate
 from dp.codec import from_json, to_json
-from dp.costs import Cost, cost
+from dp.costs import cost
 from dp.errors import InvalidParameter
 from dp.events import Atomic, Event, parts
+from dp.rows import Cost
 from dp.units import NeighboringRelation
 
 Price = tuple[int, ...]
@@ -89,7 +90,7 @@ class Filter:
         object.__setattr__(self, "_caps", tuple(max(limit, -1) + 1 for limit in self.limits))
         beyond: Price = ()
         if self.accounting == "planned":
-            beyond = tuple(_in_lane(MU_SQUARED, cost(slot, self.relation)) for slot in self.slots)
+            beyond = tuple(self.quantize(cost(slot, self.relation))[-1] for slot in self.slots)
         object.__setattr__(self, "_beyond", beyond)
 
     def __str__(self) -> str:
@@ -209,6 +210,26 @@ class Filter:
         ]
         room = min(rooms[0], max(rooms[1:])) if self.lanes[0] == DELTA else min(rooms)
         return min(room, validate.MAX_COUNT)
+
+    def advice(self, price: Price) -> str:
+        """Say which budget would take an event that this one could not take when it was new.
+
+        >>> from dp import Gaussian, pure
+        >>> pure(1.0).advice(pure(1.0).price(Gaussian(1.0)))
+        'it needs a budget with a delta'
+        """
+        if self.admits(self.after((0,) * len(self.lanes), price, 1)):
+            return ""
+        if self.accounting == "planned" and price[-1] >= NEVER:
+            return "it is neither a slot nor Gaussian DP: it needs an adaptive budget"
+        if self.accounting == "pure" and price[0] >= NEVER:
+            return "it needs a budget with a delta"
+        if self.accounting == "adaptive" and min(price[1:]) < NEVER:
+            return (
+                "it never fits this one: more noise, or a new budget that expects it"
+                " (dp.adaptive with expect=) or commits to it (dp.planned)"
+            )
+        return "one use is beyond the whole budget"
 
     def share(self, totals: Price) -> float:
         """Return the used share of the limits, from 0 to 1: for reading, it decides nothing.

@@ -15,8 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dp import validate
 from dp.errors import NothingFits
-from dp.events import Event, Gaussian, PoissonSampled
+from dp.events import (
+    Event,
+    PoissonSampled,
+)
 from dp.filters import Filter, Price
+from dp.mechanisms import (
+    Gaussian,
+)
 
 
 def uses_that_fit(budget: Filter, totals: Price, event: Event) -> int:

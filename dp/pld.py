@@ -27,12 +27,14 @@ from dp.costs import cost
 from dp.errors import InvalidParameter, NothingFits, UnsupportedEvent
 from dp.events import (
     Atomic,
-    DiscreteGaussian,
-    Gaussian,
-    Laplace,
     PoissonSampled,
     ShuffledEpoch,
     parts,
+)
+from dp.mechanisms import (
+    DiscreteGaussian,
+    Gaussian,
+    Laplace,
 )
 from dp.units import NeighboringRelation
 
@@ -96,6 +98,7 @@ class Losses:
         return float(brentq(lambda at: self.delta(at, mu) - delta, 0.0, high, xtol=1e-9)) + 1e-6
 
 
+@lru_cache(maxsize=8)
 def compose(slots: Slots, relation: NeighboringRelation, *, pessimistic: bool = True) -> Losses:
     """Return the losses of all uses of all slots.
 
@@ -158,7 +161,7 @@ def largest_mu(losses: Losses, epsilon: float, delta: float) -> float:
         NothingFits: If the losses alone are not (epsilon, delta)-DP.
         InvalidParameter: If the numerical slack is not negligible beside delta.
     """
-    if losses.slack > 0.02 * delta:
+    if losses.slack > 0.1 * delta:
         raise InvalidParameter(
             "delta", delta, f"far above {losses.slack:.1e}, the rounding error of this plan"
         )

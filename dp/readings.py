@@ -166,7 +166,7 @@ def _contribution(budget: Filter, lane: str, limit: int, epsilon: float) -> floa
     if lane == DELTA:
         return math.ldexp(limit + 1, -62)
     if lane == EPSILON:
-        return max(0.0, -math.expm1(epsilon - most) / (1 + math.exp(-most)))
+        return -math.expm1(min(0.0, epsilon - most)) / (1 + math.exp(-most))
     if lane == MU_SQUARED:
         return gaussian_delta(epsilon, math.sqrt(most))
     if lane.startswith(USES):

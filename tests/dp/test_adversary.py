@@ -17,8 +17,8 @@ import pytest
 from scipy.stats import norm
 
 from dp import Filter, Gaussian, adaptive, pure
-from dp.costs import Cost
 from dp.filters import ORDERS, Price
+from dp.rows import Cost
 
 _ORDERS = np.array(ORDERS, dtype=float)[:, None]
 

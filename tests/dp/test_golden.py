@@ -10,9 +10,10 @@ from mpmath import mp, mpf
 
 from dp import Event, Gaussian, PoissonSampled, adaptive
 from dp.conversions import gaussian_delta, gaussian_mu, renyi_limit, renyi_to_epsilon
-from dp.costs import ADD_REMOVE, cost
+from dp.costs import cost
 from dp.filters import ORDERS
 from dp.readings import IfFixed, if_fixed
+from dp.rows import ADD_REMOVE
 from tests.dp import oracles
 
 TUTORIAL = (0.04, 1.5, 2250, 1e-5)

@@ -21,10 +21,10 @@ from dp import (
 )
 from dp.codec import decode, digest, encode
 from dp.conversions import gaussian_mu
-from dp.costs import Cost
 from dp.errors import DPError, NothingFits
 from dp.events import MAX_DEPTH, canonical
 from dp.filters import NEVER
+from dp.rows import Cost
 from dp.validate import MAX_COUNT
 
 NOT_NUMBERS = [

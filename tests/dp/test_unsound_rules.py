@@ -14,8 +14,8 @@ import pytest
 from mpmath import mp, mpf
 
 from dp import Filter, adaptive, pure
-from dp.costs import Cost
 from dp.filters import Price
+from dp.rows import Cost
 from tests.dp import oracles
 
 
