@@ -231,7 +231,7 @@ def _counted(expect: Event, delta: float, relation: NeighboringRelation) -> Atom
     if others or gaussian or bounds.delta or delta < 2 * pld.SMALLEST_DELTA:
         return None
     try:
-        pld.one_use(event, relation)
+        pld.compose(((event, 1),), relation)
     except (NothingFits, UnsupportedEvent):
         return None
     return event

@@ -12,6 +12,7 @@ be computed from this.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from dp import validate
+from dp import divergences, validate
 from dp.conversions import gaussian_mu, pure_mu
 from dp.costs import cost
 from dp.errors import InvalidParameter, NothingFits, UnsupportedEvent
@@ -32,7 +33,6 @@ from dp.events import (
     parts,
 )
 from dp.mechanisms import (
-    DiscreteGaussian,
     Gaussian,
     Laplace,
 )
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 SMALLEST_DELTA = 1e-9
 """Below it the rounding errors of an FFT are not negligible."""
 
-GRID = 1e-4
-"""Distance of neighboring losses, in nats."""
+_GRID = 1e-4
+"""Distance of neighboring losses, in nats; twice as much, and so on, where a sum is very wide."""
 
-_POINTS = 2_000_000
-"""Most points of one grid; where one use needs more, nothing of it would fit any budget."""
+_POINTS = 1_000_000
+"""About the most points of one grid."""
 
 _ROUNDING = 1e-11
 """Added to every delta for the FFT's rounding, on top of what its output shows of it: that is
@@ -116,14 +116,44 @@ def compose(slots: Slots, relation: NeighboringRelation, *, pessimistic: bool = 
     >>> round(losses.epsilon(1e-6), 3)
     2.125
     """
-    total: PrivacyLossDistribution | None = None
-    for event, uses in slots:
-        several = _dense(one_use(event, relation, pessimistic=pessimistic)).self_compose(uses)
-        total = several if total is None else total.compose(several)
-    if total is None:
+    pairs = tuple(_pairs(slots, relation))
+    if not pairs:
         nothing = np.zeros(1), np.ones(1), 0.0
         return Losses((nothing,), 0.0)
+    grid = _grid(pairs, relation, pessimistic=pessimistic)
+    total: PrivacyLossDistribution | None = None
+    for event, uses in pairs:
+        one = one_use(event, relation, grid, pessimistic=pessimistic)
+        several = one.self_compose(uses)
+        total = several if total is None else total.compose(several)
     return _losses(total)
+
+
+def _pairs(slots: Slots, relation: NeighboringRelation) -> Iterator[tuple[Atomic, int]]:
+    """Yield the events that have a pair each: an epoch is as many uses as its event has parts."""
+    for event, uses in slots:
+        cost(event, relation)  # refuses it under another relation
+        if isinstance(event, ShuffledEpoch):
+            yield from _pairs(
+                tuple((part, uses * n) for part, n in parts(event.event).items()), relation
+            )
+        else:
+            yield event, uses
+
+
+def _grid(pairs: Slots, relation: NeighboringRelation, *, pessimistic: bool) -> float:
+    """Return the distance of losses at which the sum takes about a million points at most.
+
+    Losses that are rounded down drift by half of the grid at each use, and get a finer one;
+    connected dots do not drift.
+    """
+    squared = divergences.total(uses * cost(event, relation).renyi(2) for event, uses in pairs)
+    grid = _GRID if pessimistic else _GRID / 8
+    while (squared / 2 + 16 * math.sqrt(squared)) / grid > _POINTS:
+        grid *= 2
+        if grid > 1:
+            raise NothingFits(f"the losses of {pairs!r} are too wide for any budget")
+    return grid
 
 
 def largest_count(
@@ -185,106 +215,95 @@ def largest_mu(losses: Losses, epsilon: float, delta: float) -> float:
 
 @lru_cache(maxsize=32)
 def one_use(
-    event: Atomic, relation: NeighboringRelation, *, pessimistic: bool = True
+    event: Atomic, relation: NeighboringRelation, grid: float, *, pessimistic: bool
 ) -> PrivacyLossDistribution:
-    """Return dp_accounting's distribution of one use, rounded up or down.
+    """Return dp_accounting's distribution of one use, its losses rounded up or down to a grid.
 
     Raises:
         UnsupportedEvent: If no dominating pair is known for the event under the relation.
+        NothingFits: If its losses are too wide for the grid.
     """
+    bound = cost(event, relation)
+    match event:
+        case Laplace(scale):
+            return _laplace(event, scale, 1.0, grid, pessimistic=pessimistic)
+        case PoissonSampled(q, Laplace(scale)):
+            return _laplace(event, scale, q, grid, pessimistic=pessimistic)
+        case PoissonSampled(q, inner) if all(isinstance(part, Gaussian) for part in parts(inner)):
+            mu_squared = cost(inner, relation).mu_squared
+            return _gaussian(event, mu_squared, q, grid, pessimistic=pessimistic)
+        case PoissonSampled(q, inner) if bound.epsilon < math.inf and not bound.delta:
+            epsilon = cost(inner, relation).epsilon
+            return _response(event, epsilon, 0.0, q, grid, pessimistic=pessimistic)
+    if bound.mu_squared < 0.99 * pure_mu(bound.epsilon) ** 2:
+        return _gaussian(event, bound.mu_squared, 1.0, grid, pessimistic=pessimistic)
+    if bound.epsilon == math.inf:
+        raise UnsupportedEvent(event, "no dominating pair is known for it; use an adaptive budget")
+    return _response(event, bound.epsilon, bound.delta, 1.0, grid, pessimistic=pessimistic)
+
+
+def _laplace(
+    event: Atomic, scale: float, q: float, grid: float, *, pessimistic: bool
+) -> PrivacyLossDistribution:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    match event:
-        case ShuffledEpoch(inner):
-            cost(event, relation)
-            losses = [
-                _dense(one_use(part, relation, pessimistic=pessimistic)).self_compose(uses)
-                for part, uses in parts(inner).items()
-            ]
-            total = losses[0]
-            for other in losses[1:]:
-                total = total.compose(other)
-            return total
-        case Laplace(scale) | PoissonSampled(_, Laplace(scale)):
-            cost(event, relation)
-            _check_range(event, 2 / scale)
-            return pld.from_laplace_mechanism(
-                scale,
-                pessimistic_estimate=pessimistic,
-                use_connect_dots=pessimistic,
-                value_discretization_interval=_grid(pessimistic=pessimistic),
-                sampling_prob=getattr(event, "sampling_probability", 1.0),
-            )
-        case PoissonSampled(q, inner) if all(isinstance(p, Gaussian) for p in parts(inner)):
-            cost(event, relation)
-            return _gaussian(event, cost(inner, relation).mu_squared, q, pessimistic=pessimistic)
-    bound = cost(event, relation)
-    if bound.epsilon == math.inf and bound.mu_squared < math.inf:
-        return _gaussian(event, bound.mu_squared, pessimistic=pessimistic)
-    if bound.epsilon == math.inf:
-        what = "a Gaussian" if isinstance(event, DiscreteGaussian) else "Gaussian or pure DP"
-        raise UnsupportedEvent(
-            event, f"it is not {what}: no dominating pair is known; use an adaptive budget"
+    _check_range(event, 2 / scale, grid)
+    return _dense(
+        pld.from_laplace_mechanism(
+            scale,
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,
+            value_discretization_interval=grid,
+            sampling_prob=q,
         )
-    if bound.mu_squared < 0.99 * pure_mu(bound.epsilon) ** 2:
-        return _gaussian(event, bound.mu_squared, pessimistic=pessimistic)
-    return _response(event, bound.epsilon, bound.delta, relation, pessimistic=pessimistic)
+    )
 
 
 def _gaussian(
-    event: Atomic, mu_squared: float, q: float = 1.0, *, pessimistic: bool
+    event: Atomic, mu_squared: float, q: float, grid: float, *, pessimistic: bool
 ) -> PrivacyLossDistribution:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     mu = math.sqrt(mu_squared) * (1 + 1e-12)
-    _check_range(event, mu * mu + 20 * mu)
-    return pld.from_gaussian_mechanism(
-        1 / max(mu, 1e-12),
-        pessimistic_estimate=pessimistic,
-        use_connect_dots=pessimistic,
-        value_discretization_interval=_grid(pessimistic=pessimistic),
-        sampling_prob=q,
+    _check_range(event, mu * mu + 20 * mu, grid)
+    return _dense(
+        pld.from_gaussian_mechanism(
+            1 / max(mu, 1e-12),
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,
+            value_discretization_interval=grid,
+            sampling_prob=q,
+        )
     )
 
 
 def _response(
-    event: Atomic,
-    epsilon: float,
-    delta: float,
-    relation: NeighboringRelation,
-    *,
-    pessimistic: bool,
+    event: Atomic, epsilon: float, delta: float, q: float, grid: float, *, pessimistic: bool
 ) -> PrivacyLossDistribution:
     """Return the distribution of randomized response, or of its response on a Poisson sample."""
     from dp_accounting.pld import pld_pmf
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    _check_range(event, 2 * epsilon)
-    q = 1.0
-    if isinstance(event, PoissonSampled) and not delta:
-        q, epsilon = event.sampling_probability, cost(event.event, relation).epsilon
-        _check_range(event, 2 * epsilon)
-    lie, grid = 1 / (1 + math.exp(epsilon)), _grid(pessimistic=pessimistic)
+    _check_range(event, 2 * epsilon, grid)
+    lie = 1 / (1 + math.exp(epsilon))
     mixed = (1 - q) * lie + q * (1 - lie)
 
     def rounded(p: float, r: float) -> pld_pmf.PLDPmf:
         # Two outcomes, of probabilities p and 1-p against r and 1-r; the dots around their losses.
         losses = math.log(p / r), math.log((1 - p) / (1 - r))
+        low = [math.floor(loss / grid) for loss in losses]
         if not pessimistic:
-            low = [math.floor(x / grid) for x in losses]
             inside = {low[0]: p * (1 - delta)}
             inside[low[1]] = inside.get(low[1], 0.0) + (1 - p) * (1 - delta)
             return pld_pmf.create_pmf(inside, grid, delta, False)
-        dots = sorted({math.floor(x / grid) + i for x in losses for i in (0, 1)})
-        deltas = [
-            max(0.0, p - scale * r) + max(0.0, 1 - p - scale * (1 - r))
-            for scale in (math.exp(dot * grid) for dot in dots)
-        ]
+        dots = sorted({dot + step for dot in low for step in (0, 1)})
+        scales = [math.exp(dot * grid) for dot in dots]
+        deltas = [max(0.0, p - c * r) + max(0.0, 1 - p - c * (1 - r)) for c in scales]
         pmf = pld_pmf.create_pmf_pessimistic_connect_dots(grid, dots, deltas)
         inside = {at: p * (1 - delta) for at, p in pmf._loss_probs.items()}  # noqa: SLF001
         return pld_pmf.create_pmf(inside, grid, delta + (1 - delta) * pmf._infinity_mass, True)  # noqa: SLF001
 
-    return pld.PrivacyLossDistribution(rounded(mixed, lie), rounded(lie, mixed))
+    return _dense(pld.PrivacyLossDistribution(rounded(mixed, lie), rounded(lie, mixed)))
 
 
 def _dense(distribution: PrivacyLossDistribution) -> PrivacyLossDistribution:
@@ -293,13 +312,8 @@ def _dense(distribution: PrivacyLossDistribution) -> PrivacyLossDistribution:
     return type(distribution)(*both)
 
 
-def _grid(*, pessimistic: bool) -> float:
-    # Losses that are rounded down drift by half of the grid at each use; connected dots do not.
-    return GRID if pessimistic else GRID / 10
-
-
-def _check_range(event: Atomic, losses: float) -> None:
-    if losses > _POINTS * GRID:
+def _check_range(event: Atomic, losses: float, grid: float) -> None:
+    if not losses <= 2 * _POINTS * grid:
         raise NothingFits(f"one use of {event!r} may lose up to {losses / 2:.3g} nats of privacy")
 
 

@@ -187,7 +187,8 @@ def _fixed_size_sampled(event: FixedSizeSampled, cost: Inner) -> Cost:
 def _repeat_and_select(event: RepeatAndSelect, cost: Inner) -> Cost:
     eta, log_gamma = event.eta, math.log(event.gamma)
     inner = _repeated_run(event, event.event, cost)
-    norm = -math.expm1(eta * log_gamma) / eta if eta else -log_gamma
+    small = eta * log_gamma
+    norm = -math.expm1(small) / eta if abs(small) > 1e-12 else -log_gamma
     log_runs = math.log((1 - event.gamma) / norm) - log_gamma
     selection = (1 + eta) * min(
         (1 - 1 / order) * inner.renyi(order) - log_gamma / order for order in _INNER_ORDERS

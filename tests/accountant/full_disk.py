@@ -21,7 +21,7 @@ def main(location: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         full = _raised(accountant)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        print(json.dumps([full, _raised(accountant)]))  # noqa: T201
+        print(json.dumps([full, _raised(accountant)]))
 
 
 def _raised(accountant: Accountant) -> list[str]:

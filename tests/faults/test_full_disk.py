@@ -4,8 +4,6 @@ The kernel refuses the write, as on a full disk. Control: the store that answers
 commits.
 """
 
-# ruff: noqa: T201 (figures, for `pytest -rP`)
-
 from __future__ import annotations
 
 from accountant import Accountant

@@ -6,8 +6,6 @@ was written down. Control: a store that answers at once and commits 25 transacti
 acknowledged charges under the same function.
 """
 
-# ruff: noqa: T201 (figures, for `pytest -rP`)
-
 from __future__ import annotations
 
 import random

@@ -4,8 +4,6 @@ Control: the obvious implementation on SQLModel, in SQLAlchemy's default transac
 under the same function. Two of its threads read the same sum, and it overspends without an error.
 """
 
-# ruff: noqa: T201 (figures, for `pytest -rP`)
-
 from __future__ import annotations
 
 import sqlite3

@@ -199,7 +199,7 @@ def serve() -> None:
                 work(json.loads(line))
             finally:
                 os._exit(0)
-        print(worker, flush=True)  # noqa: T201
+        print(worker, flush=True)
 
 
 if __name__ == "__main__":
