@@ -5,7 +5,7 @@ SCALE ?= 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long coverage lint bench clean
 
 demo: .venv/ready
 	$(BIN)/epsledger demo --out out
@@ -24,7 +24,13 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready
+# Every branch of the mathematics is run by its own tests.
+coverage: .venv/ready
+	$(BIN)/python -m pytest dp tests/dp -m "" --deselect tests/dp/test_properties.py::test_a_million_integer_totals \
+		--cov=dp --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+
+bench: .venv/bench
+	$(BIN)/python bench/tightness.py
 	$(BIN)/python bench/charges.py
 	$(BIN)/python bench/training_step.py
 
@@ -34,6 +40,11 @@ bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--editable ".[demo]" --group test --group lint
 	touch .venv/ready
+
+# What ours is compared with; nothing else needs it.
+.venv/bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch .venv/bench
 
 clean:
 	rm -rf .venv out dist

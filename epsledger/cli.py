@@ -42,6 +42,7 @@ _LEDGER = click.option(
 def _event_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--uses", type=int, default=1, show_default=True, help="How many uses."),
+        click.option("--event", "written", metavar="EVENT", help="Any event, as JSON."),
         click.option("--pure-epsilon", type=float, help="Any mechanism of this pure epsilon."),
         click.option("--laplace", type=float, help="Laplace noise: scale over L1 sensitivity."),
         click.option(
@@ -177,10 +178,10 @@ def show(name: str, ledger: Path) -> None:
 @click.argument("name")
 @_event_options
 @_LEDGER
-def plan(name: str, uses: int, ledger: Path, **event: float | None) -> None:
+def plan(name: str, uses: int, ledger: Path, written: str | None, **event: float | None) -> None:
     """Say what an operation would cost and how many fit; spends nothing."""
     with told(), _existing(ledger) as accountant:
-        asked, with_noise = _event(**event)
+        asked, with_noise = _event(written, **event)
         fit = accountant.uses_that_fit(name, asked)
         share = accountant.share_after(name, [(asked, uses)])
         click.echo(f"{uses} x {asked!r}")
@@ -300,6 +301,7 @@ def _existing(ledger: Path) -> Accountant:
 
 
 def _event(
+    written: str | None,
     *,
     gaussian: float | None,
     sampling_probability: float | None,
@@ -307,7 +309,12 @@ def _event(
     pure_epsilon: float | None,
 ) -> tuple[Event, Callable[[float], Event] | None]:
     """Return the event of the options, and how to build it with another noise multiplier."""
-    given = {"--gaussian": gaussian, "--laplace": laplace, "--pure-epsilon": pure_epsilon}
+    given = {
+        "--gaussian": gaussian,
+        "--laplace": laplace,
+        "--pure-epsilon": pure_epsilon,
+        "--event": written,
+    }
     if sum(value is not None for value in given.values()) != 1:
         raise click.UsageError(f"give exactly one of {', '.join(given)}")
 
@@ -316,6 +323,8 @@ def _event(
             event if sampling_probability is None else PoissonSampled(sampling_probability, event)
         )
 
+    if written is not None:
+        return sampled(read_event(written)), None
     if gaussian is not None:
         return sampled(Gaussian(gaussian)), lambda noise: sampled(Gaussian(noise))
     if laplace is not None:

@@ -57,6 +57,33 @@ def test_pure_budget(call):
     assert "(1.0, 0.0)-DP per patient under replace_one" in told
 
 
+STEP = json.dumps(
+    {
+        "kind": "PoissonSampled",
+        "sampling_probability": 0.01,
+        "event": {"kind": "Gaussian", "noise_multiplier": 1},
+    }
+)
+
+
+def test_a_plan_committed_to(call):
+    create = ("budget", "create", "b", "--epsilon", "3", "--delta", "1e-6", "--unit", "a")
+    call(
+        *create, "--slot", STEP, "500", "--slot", '{"kind": "Laplace", "noise_multiplier": 9}', "7"
+    )
+    assert "planned accounting 1" in call("budget", "show", "b")
+    assert "at most 500 fit now" in call("plan", "b", "--event", STEP, "--uses", "500")
+    assert "at most 500 fit now" in call("plan", "b", "--event", STEP, "--uses", "501", code=3)
+    assert "fits, and" in call("plan", "b", "--gaussian", "50")
+
+
+def test_a_workload_expected(call):
+    create = ("budget", "create", "b", "--epsilon", "1", "--delta", "1e-6", "--unit", "a")
+    call(*create, "--expect", STEP)
+    words = ("--gaussian", "1", "--sampling-probability", "0.01")
+    assert "at most 94 fit now" in call("plan", "b", *words)
+
+
 def test_plan_spends_nothing_and_says_what_fits(news, ledger):
     before = ledger.read_bytes()
     told = news("plan", "news", "--gaussian", "50", "--uses", "952")
@@ -105,6 +132,64 @@ def test_report(news, ledger, tmp_path):
         (["budget", "create", "news", "--epsilon", "1", "--unit", "a"], 1, "exists"),
         (["budget", "create", "x", "--epsilon", "nan", "--unit", "a"], 1, "epsilon must be"),
         (["budget", "create", "x y", "--epsilon", "1", "--unit", "a"], 1, "budget name"),
+        (["budget", "create", "x", "--epsilon", "1", "--unit", "a", "--expect", STEP], 2, "delta"),
+        (
+            [
+                "budget",
+                "create",
+                "x",
+                "--epsilon",
+                "1",
+                "--delta",
+                "1e-6",
+                "--unit",
+                "a",
+                "--expect",
+                STEP,
+                "--slot",
+                STEP,
+                "1",
+            ],
+            2,
+            "not both",
+        ),
+        (
+            [
+                "budget",
+                "create",
+                "x",
+                "--epsilon",
+                "1",
+                "--delta",
+                "1e-6",
+                "--unit",
+                "a",
+                "--slot",
+                "{",
+                "1",
+            ],
+            1,
+            "not a readable event",
+        ),
+        (
+            [
+                "budget",
+                "create",
+                "x",
+                "--epsilon",
+                "1",
+                "--delta",
+                "1e-6",
+                "--unit",
+                "a",
+                "--slot",
+                STEP,
+                "9999",
+            ],
+            1,
+            "nothing fits",
+        ),
+        (["plan", "news", "--event", "[]"], 1, "not a readable event"),
         (
             [
                 "budget",
