@@ -50,6 +50,9 @@ _GRID = 1e-4
 _POINTS = 1_000_000
 """About the most points of one grid."""
 
+_WIDEST = 600.0
+"""Most nats between the losses of one use: beyond it the probabilities leave double precision."""
+
 _ROUNDING = 1e-11
 """Added to every delta for the FFT's rounding, on top of what its output shows of it: that is
 white, so where the truth is 0 half of the cells come out negative; eight times their sum."""
@@ -151,7 +154,7 @@ def _grid(pairs: Slots, relation: NeighboringRelation, *, pessimistic: bool) -> 
     grid = _GRID if pessimistic else _GRID / 8
     while (squared / 2 + 16 * math.sqrt(squared)) / grid > _POINTS:
         grid *= 2
-        if grid > 1:
+        if grid > 0.1:
             raise NothingFits(f"the losses of {pairs!r} are too wide for any budget")
     return grid
 
@@ -285,25 +288,25 @@ def _response(
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     _check_range(event, 2 * epsilon, grid)
-    lie = 1 / (1 + math.exp(epsilon))
-    mixed = (1 - q) * lie + q * (1 - lie)
+    out = 1 / (1 + math.exp(epsilon)), 1 / (1 + math.exp(-epsilon))
+    mixed = (1 - q) * out[0] + q * out[1], (1 - q) * out[1] + q * out[0]
 
-    def rounded(p: float, r: float) -> pld_pmf.PLDPmf:
-        # Two outcomes, of probabilities p and 1-p against r and 1-r; the dots around their losses.
-        losses = math.log(p / r), math.log((1 - p) / (1 - r))
+    def rounded(p: tuple[float, float], r: tuple[float, float]) -> pld_pmf.PLDPmf:
+        # Two outcomes, of probabilities p against r; the dots around their losses.
+        losses = [math.log(one / other) for one, other in zip(p, r, strict=True)]
         low = [math.floor(loss / grid) for loss in losses]
         if not pessimistic:
-            inside = {low[0]: p * (1 - delta)}
-            inside[low[1]] = inside.get(low[1], 0.0) + (1 - p) * (1 - delta)
+            inside = {low[0]: p[0] * (1 - delta)}
+            inside[low[1]] = inside.get(low[1], 0.0) + p[1] * (1 - delta)
             return pld_pmf.create_pmf(inside, grid, delta, False)
         dots = sorted({dot + step for dot in low for step in (0, 1)})
         scales = [math.exp(dot * grid) for dot in dots]
-        deltas = [max(0.0, p - c * r) + max(0.0, 1 - p - c * (1 - r)) for c in scales]
+        deltas = [max(0.0, p[0] - c * r[0]) + max(0.0, p[1] - c * r[1]) for c in scales]
         pmf = pld_pmf.create_pmf_pessimistic_connect_dots(grid, dots, deltas)
-        inside = {at: p * (1 - delta) for at, p in pmf._loss_probs.items()}  # noqa: SLF001
+        inside = {at: mass * (1 - delta) for at, mass in pmf._loss_probs.items()}  # noqa: SLF001
         return pld_pmf.create_pmf(inside, grid, delta + (1 - delta) * pmf._infinity_mass, True)  # noqa: SLF001
 
-    return _dense(pld.PrivacyLossDistribution(rounded(mixed, lie), rounded(lie, mixed)))
+    return _dense(pld.PrivacyLossDistribution(rounded(mixed, out), rounded(out, mixed)))
 
 
 def _dense(distribution: PrivacyLossDistribution) -> PrivacyLossDistribution:
@@ -313,7 +316,7 @@ def _dense(distribution: PrivacyLossDistribution) -> PrivacyLossDistribution:
 
 
 def _check_range(event: Atomic, losses: float, grid: float) -> None:
-    if not losses <= 2 * _POINTS * grid:
+    if not losses <= min(2 * _POINTS * grid, _WIDEST):
         raise NothingFits(f"one use of {event!r} may lose up to {losses / 2:.3g} nats of privacy")
 
 

@@ -178,7 +178,7 @@ def test_a_gaussian_log_lies_between_its_bounds() -> None:
     exact = gaussian_epsilon(math.sqrt(900) / 30, 1e-6)
     found = if_fixed([(Gaussian(30.0), 900)], 1e-6, ADD_REMOVE)
     assert found.pld_low <= exact <= found.pld
-    assert found.pld - found.pld_low < 0.01
+    assert found.pld - found.pld_low < 0.02
     assert found.renyi == pytest.approx(exact, rel=1e-8)
 
 
@@ -186,7 +186,7 @@ def test_a_gaussian_log_lies_between_its_bounds() -> None:
     ("spent", "delta"),
     [
         ([(DiscreteGaussian(5.0), 10)], 1e-6),  # no pair
-        ([(PureDP(150.0), 1)], 1e-6),  # beyond the grid
+        ([(PureDP(1e4), 1)], 1e-6),  # beyond the grid
         ([(Gaussian(5.0), 10)], 1e-12),  # beyond the FFT
         ([(Gaussian(5.0 + k), 1) for k in range(40)], 1e-6),  # too many
     ],
