@@ -204,12 +204,10 @@ def largest_mu(losses: Losses, epsilon: float, delta: float) -> float:
             f"the slots alone have delta {spent:.3g} at epsilon {epsilon!r}, above {delta!r}:"
             " commit to fewer uses or more noise"
         )
-    high = gaussian_mu(epsilon, delta) * (1 + 1e-6)
+    high = gaussian_mu(epsilon, delta) * 1.001  # which alone is too much
     low = high / 1e6
     if losses.delta(epsilon, low) > delta:
         return 0.0
-    if losses.delta(epsilon, high) <= delta:
-        return high / (1 + 1e-6)
     mu = float(brentq(lambda mu: losses.delta(epsilon, mu) - delta, low, high, rtol=1e-10))
     while losses.delta(epsilon, mu) > delta:
         mu *= 1 - 1e-9

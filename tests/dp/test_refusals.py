@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from dp import (
+    ZCDP,
+    ApproximateDP,
     Composed,
+    Event,
+    Filter,
+    FixedSizeSampled,
     Gaussian,
     InvalidParameter,
     Laplace,
     MalformedEvent,
+    NeighboringRelation,
     NonPrivate,
     PoissonSampled,
     PureDP,
+    RandomizedResponse,
+    RepeatAndSelect,
+    RepeatAndSelectPoisson,
     Repeated,
+    SparseVector,
+    UnsupportedEvent,
     adaptive,
+    planned,
     pure,
     smallest_noise,
     uses_that_fit,
 )
+from dp.accountings import limits_hold
 from dp.codec import decode, digest, encode
-from dp.conversions import gaussian_mu
+from dp.conversions import gaussian_epsilon, gaussian_mu
+from dp.costs import cost
 from dp.errors import DPError, NothingFits
 from dp.events import MAX_DEPTH, canonical
 from dp.filters import NEVER
+from dp.pld import compose, largest_mu
 from dp.rows import Cost
 from dp.validate import MAX_COUNT
 
@@ -276,3 +293,118 @@ def test_calibration_that_finds_nothing() -> None:
         smallest_noise(budget, zero, Gaussian, uses=0)
     with pytest.raises(InvalidParameter, match="at_most"):
         smallest_noise(budget, zero, Gaussian, uses=1, at_most=float("nan"))
+
+
+REPLACE = NeighboringRelation.REPLACE_ONE
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RandomizedResponse(1.0, 1),
+        lambda: FixedSizeSampled(11, 10, Gaussian(1.0)),
+        lambda: RepeatAndSelect(Gaussian(1.0), -1.0, 0.5),
+        lambda: RepeatAndSelect(Gaussian(1.0), 1.0, 1.0),
+        lambda: RepeatAndSelectPoisson(Gaussian(1.0), 0.9),
+        lambda: SparseVector(1.0, 1.0, 1, 1),
+    ],
+)
+def test_parameters_that_contradict_each_other(build) -> None:
+    with pytest.raises(InvalidParameter):
+        build()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        FixedSizeSampled(10, 100, ApproximateDP(1.0, 1e-9)),
+        RepeatAndSelect(ApproximateDP(1.0, 1e-9), 1.0, 0.5),
+        RepeatAndSelectPoisson(ApproximateDP(1.0, 1e-9), 2.0),
+    ],
+)
+def test_a_delta_inside_what_has_no_row_for_it(event: Event) -> None:
+    with pytest.raises(UnsupportedEvent, match="delta of its own") as caught:
+        cost(event, REPLACE)
+    assert caught.value.event == event
+
+
+@pytest.mark.parametrize("sigma", [1e-160, 1e-154])
+def test_no_noise_on_a_sample_of_fixed_size(sigma: float) -> None:
+    event = FixedSizeSampled(1, 100, Gaussian(sigma))
+    assert cost(event, REPLACE).renyi(64) == math.inf
+    assert adaptive(8.0, 1e-6, relation=REPLACE).price(event)[-1] == NEVER
+
+
+@pytest.mark.parametrize(
+    ("limits", "event", "advice"),
+    [
+        (planned(1.0, 1e-6, slots=[]), ZCDP(0.1), "neither a slot nor Gaussian DP"),
+        (pure(1.0), Gaussian(1.0), "a budget with a delta"),
+        (pure(1.0), PureDP(1.1), "beyond the whole budget"),
+        (adaptive(1.0, 1e-6), PoissonSampled(0.01, Gaussian(1.0)), "expects it"),
+        (adaptive(1.0, 1e-6), NonPrivate(), "beyond the whole budget"),
+        (adaptive(1.0, 1e-6), Gaussian(50.0), ""),
+    ],
+    ids=repr,
+)
+def test_advice(limits: Filter, event: Event, advice: str) -> None:
+    found = limits.advice(limits.price(event))
+    assert advice in found
+    assert bool(advice) == bool(found)
+
+
+SLOTTED = planned(3.0, 1e-6, slots=[(PureDP(0.1), 3), (PureDP(0.2), 2)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slots": [{"kind": "PureDP", "epsilon": 0.1}] * 2}, "different events"),
+        (
+            {
+                "slots": [
+                    {"kind": "PureDP", "epsilon": 0.1},
+                    {"kind": "Repeated", "count": 2, "event": {"kind": "PureDP", "epsilon": 0.2}},
+                ]
+            },
+            "atomic events",
+        ),
+        ({"slots": [{"kind": "PureDP", "epsilon": 0.1}]}, "lanes"),
+        ({"weights": [0.1, 0.0, 0.0]}, "weights"),
+        ({"delta": 0.5}, "delta"),
+    ],
+)
+def test_a_planned_record_that_is_none(change: dict[str, object], words: str) -> None:
+    assert Filter.from_record(SLOTTED.to_record()) == SLOTTED
+    with pytest.raises(InvalidParameter, match=words):
+        Filter.from_record(SLOTTED.to_record() | change)
+
+
+def test_a_pure_record_with_a_delta() -> None:
+    with pytest.raises(InvalidParameter, match="0 under pure"):
+        Filter.from_record(pure(1.0).to_record() | {"delta": 0.1})
+
+
+def test_more_uses_than_the_witness_may_count() -> None:
+    budget = adaptive(1.0, 1e-6, expect=PoissonSampled(0.01, Gaussian(1.0)))
+    record = budget.to_record()
+    record["limits"][-1] = str(budget.limits[-1] + 1)
+    assert limits_hold(budget)
+    assert not limits_hold(Filter.from_record(record))
+
+
+def test_losses_that_have_no_epsilon() -> None:
+    revealing = compose(((ApproximateDP(1.0, 1e-3), 2),), NeighboringRelation.ADD_REMOVE)
+    assert revealing.epsilon(1e-4) == math.inf
+    assert revealing.epsilon(0.9) == 0.0
+
+
+def test_readings_of_no_noise_at_all() -> None:
+    assert gaussian_epsilon(math.inf, 1e-6) == math.inf
+    assert gaussian_epsilon(0.0, 1e-6) == 0.0
+
+
+def test_rounding_that_is_not_negligible() -> None:
+    losses = compose(((Gaussian(5.0), 3),), NeighboringRelation.ADD_REMOVE)
+    with pytest.raises(InvalidParameter, match="rounding error"):
+        largest_mu(losses, 1.0, 5e-11)
