@@ -26,6 +26,7 @@ from dp import (
 from dp.accountings import merged
 from dp.codec import read_event
 from dp.mechanisms import BandedMatrixFactorization
+from dp.pld import compose, largest_mu
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
 BUDGETS = [
@@ -103,3 +104,16 @@ def test_an_epoch_is_its_event() -> None:
     )
     with pytest.raises(UnsupportedEvent):
         planned(4.0, 1e-6, slots=[(epoch, 3)])
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_a_part_of_a_contribution_is_that_of_fewer_uses(budget: Filter) -> None:
+    zero, price = (0,) * len(budget.limits), budget.price(Laplace(20.0))
+    charged = budget.charge(zero, price, 40)
+    for uses in (0, 7, 31, 40):
+        assert budget.part(charged, price, uses) == budget.charge(zero, price, uses)
+
+
+def test_a_plan_that_leaves_nothing() -> None:
+    losses = compose(((STEP, 1000),), NeighboringRelation.ADD_REMOVE)
+    assert largest_mu(losses, 2.0, losses.delta(2.0) * (1 + 1e-12)) == 0.0

@@ -318,7 +318,7 @@ def delta_of_responses(each: float, uses: int, epsilon: float) -> float:
     return float(np.sum(chances * -np.expm1(np.minimum(0.0, epsilon - losses))))
 
 
-@examples(60)
+@examples(20)
 @given(strategies.budgets)
 def test_what_is_reported_is_within_its_bounds(budget: Filter) -> None:
     zero = (0,) * len(budget.limits)
