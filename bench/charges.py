@@ -23,7 +23,7 @@ from statistics import median, quantiles
 from time import perf_counter
 
 from accountant import Accountant
-from dp import Gaussian, PoissonSampled, adaptive
+from dp import Gaussian, adaptive
 
 SECONDS, REPETITIONS, ENTRIES = 0.6, 7, 20_000
 ASK = {"unit": "article", "activity": "bench"}
@@ -138,33 +138,6 @@ def verified(folder: Path) -> float:
         return median(rates)
 
 
-def pricing() -> dict[str, float]:
-    """Return microseconds of what is decided without the disk."""
-    limits = adaptive(8.0, 1e-6)
-    totals = (0,) * len(limits.limits)
-    price = limits.price(EVENT)
-
-    def admission() -> bool:
-        added = limits.charge(price, 1)
-        return limits.admits(tuple(map(sum, zip(totals, added, strict=True))))
-
-    def once(call: Callable[[], object], times: int) -> float:
-        began = perf_counter()
-        for _ in range(times):
-            call()
-        return 1e6 * (perf_counter() - began) / times
-
-    rows = {
-        "price of a Gaussian, first seen": (lambda: limits.price(EVENT), 500),
-        "price of a DP-SGD step, first seen": (
-            lambda: limits.price(PoissonSampled(0.01, Gaussian(1.0))),
-            20,
-        ),
-        "admission at a cached price": (admission, 5000),
-    }
-    return {name: median(once(*row) for _ in range(5)) for name, row in rows.items()}
-
-
 def main() -> None:
     figures: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-") as name:
@@ -185,8 +158,6 @@ def main() -> None:
     ratio = median(one[0] / other[0] for one, other in pairs)
     print(f"ours over commit each, 16 threads: {ratio:.1f}x (median of paired ratios)")
     print(f"{'verify':<36} {rate:>10,.0f} entries/s")
-    for row, microseconds in pricing().items():
-        print(f"{row:<36} {microseconds:>10,.1f} us")
 
 
 if __name__ == "__main__":

@@ -179,9 +179,8 @@ def limits_hold(filter: Filter) -> bool:
     those that come from a PLD are put through it again, and may exceed delta by 1e-6 of it.
     """
     if filter.accounting == "planned":
-        slots = tuple(zip(filter.slots, filter.limits, strict=False))
         mu = (filter.limits[-1] / 2**40) ** 0.5
-        spent = pld.compose(merged(slots), filter.relation).delta(filter.epsilon, mu)
+        spent = pld.compose(filter.committed, filter.relation).delta(filter.epsilon, mu)
         return spent <= filter.delta * (1 + 1e-6)
     own = pure(filter.epsilon, relation=filter.relation).limits
     if filter.accounting == "adaptive":
@@ -191,8 +190,7 @@ def limits_hold(filter: Filter) -> bool:
         )
         if filter.slots and filter.limits[-1] > 0:
             share = filter.weights[-1] * (1 - _DELTA_OPS) * filter.delta
-            slots = ((filter.slots[0], filter.limits[-1]),)
-            spent = pld.compose(slots, filter.relation).delta(filter.epsilon)
+            spent = pld.compose(filter.committed, filter.relation).delta(filter.epsilon)
             if spent > share * (1 + 1e-6):
                 return False
             own = (*own[:-1], filter.limits[-1])

@@ -97,6 +97,13 @@ class Filter:
         """Return the promise with its exact parameters, for instance ``(8.0, 1e-06)-DP``."""
         return f"({self.epsilon!r}, {self.delta!r})-DP"
 
+    @property
+    def committed(self) -> tuple[tuple[Atomic, int], ...]:
+        """The events whose uses a lane counts, each with the most uses that the lane admits."""
+        limits = zip(self.lanes, self.limits, strict=True)
+        counted = [limit for lane, limit in limits if lane.startswith(USES)]
+        return tuple(zip(self.slots, counted, strict=True))
+
     def price(self, event: Event) -> Price:
         """Return what one use of the event costs: one integer for each lane, at most NEVER.
 

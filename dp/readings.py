@@ -109,9 +109,8 @@ def lifetime_delta(budget: Filter, epsilon: float) -> float:
     """
     epsilon = validate.epsilon(epsilon=epsilon)
     if budget.accounting == "planned":
-        slots = merged(tuple(zip(budget.slots, budget.limits, strict=False)))
         mu = math.sqrt(math.ldexp(budget.limits[-1], -40))
-        return min(1.0, pld.compose(slots, budget.relation).delta(epsilon, mu))
+        return min(1.0, pld.compose(budget.committed, budget.relation).delta(epsilon, mu))
     return min(
         1.0,
         math.fsum(
@@ -170,7 +169,7 @@ def _contribution(budget: Filter, lane: str, limit: int, epsilon: float) -> floa
     if lane == MU_SQUARED:
         return gaussian_delta(epsilon, math.sqrt(most))
     if lane.startswith(USES):
-        return pld.compose(((budget.slots[0], limit),), budget.relation).delta(epsilon)
+        return pld.compose(budget.committed, budget.relation).delta(epsilon)
     return renyi_to_delta(int(lane), most, epsilon)
 
 

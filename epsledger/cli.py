@@ -25,6 +25,7 @@ from dp import (
     planned,
     pure,
 )
+from dp.accountings import merged
 from dp.codec import read_event
 from epsledger.errors import CONTRADICTION, REFUSED, told
 from reports import write_report
@@ -162,6 +163,9 @@ def show(name: str, ledger: Path) -> None:
         f"{name}: {limits} for life, per {statement.budget.unit}"
         f" under {limits.relation}, {limits.accounting} accounting {limits.version}"
     )
+    spent = dict(merged(statement.spent))
+    for event, uses in limits.committed:
+        click.echo(f"fixed at creation: {uses} uses of {event!r}, {spent.get(event, 0)} used")
     click.echo(
         f"used {statement.share:.2%} of the limits in {statement.seq} entries,"
         f" {statement.refused} refused"

@@ -66,6 +66,7 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
             "epsilon": limits.epsilon,
             "delta": limits.delta,
             "accounting": f"{limits.accounting} {limits.version}",
+            "committed": [{"event": repr(e), "uses": uses} for e, uses in limits.committed],
         },
         "guarantee": _guarantee(statement),
         "not_covered": list(NOT_COVERED),

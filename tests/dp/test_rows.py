@@ -341,7 +341,15 @@ def poisson_sampled(draw: Draw) -> Case:
     q = log_uniform(draw, 1e-4, 0.99)
     sigma, scale = log_uniform(draw, 0.4, 20), log_uniform(draw, 0.1, 20)
     epsilon = log_uniform(draw, 1e-2, 10)
-    kind = draw.integers(5)
+    kind = draw.integers(6)
+    if kind == 5:
+        shift, deviation = int(draw.integers(1, 4)), log_uniform(draw, 0.5, 20)
+        whole = integers(
+            lambda at: -(at**2) / (2 * deviation**2), shift, int(65 * shift + 13 * deviation)
+        )
+        return PoissonSampled(q, DiscreteGaussian(deviation / shift)), lambda _: whole.on_a_sample(
+            q
+        )
     if kind == 0:
         return PoissonSampled(q, Gaussian(sigma)), lambda a: normals(sigma, a).on_a_sample(q)
     if kind == 1:

@@ -71,7 +71,9 @@ def test_a_plan_committed_to(call):
     call(
         *create, "--slot", STEP, "500", "--slot", '{"kind": "Laplace", "noise_multiplier": 9}', "7"
     )
-    assert "planned accounting 1" in call("budget", "show", "b")
+    shown = call("budget", "show", "b")
+    assert "planned accounting 1" in shown
+    assert "fixed at creation: 7 uses of Laplace(noise_multiplier=9.0), 0 used" in shown
     assert "at most 500 fit now" in call("plan", "b", "--event", STEP, "--uses", "500")
     assert "at most 500 fit now" in call("plan", "b", "--event", STEP, "--uses", "501", code=3)
     assert "fits, and" in call("plan", "b", "--gaussian", "50")

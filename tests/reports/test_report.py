@@ -12,7 +12,7 @@ import pytest
 from jinja2 import Environment
 
 from accountant import Accountant, BudgetExceeded
-from dp import Gaussian, PoissonSampled, PureDP, adaptive, pure
+from dp import Gaussian, Laplace, PoissonSampled, PureDP, adaptive, planned, pure
 from reports import ReportError, document, write_report
 
 SCHEMA = json.loads((files("reports") / "schema" / "report-1.json").read_text())
@@ -160,3 +160,22 @@ def test_an_earlier_report_is_replaced_whole(spent, tmp_path):
     assert again == first
     assert again["json"].read_text() != before
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_report_of_a_plan(tmp_path):
+    with Accountant.open(tmp_path / "plan.db") as accountant:
+        limits = planned(3.0, 1e-6, slots=[(STEP, 200), (Laplace(20.0), 5)])
+        accountant.create_budget("plan", limits, unit="article")
+        accountant.charge("plan", Laplace(20.0), uses=7, unit="article", activity="x")
+        accountant.charge("plan", Gaussian(50.0), uses=100, unit="article", activity="x")
+        report = content(accountant, "plan")
+        written = write_report(accountant.statement("plan"), accountant.verify(), tmp_path)
+    assert report["budget"]["committed"] == [
+        {"event": repr(STEP), "uses": 200},
+        {"event": repr(Laplace(20.0)), "uses": 5},
+    ]
+    fixed = report["spend"]["if_fixed_in_advance"]
+    assert fixed["epsilon_pld_low"] <= fixed["epsilon_pld"] < fixed["epsilon_renyi"] < 3.0
+    page = next(path for path in written.values() if path.suffix == ".html").read_text()
+    assert "up to 200 uses of PoissonSampled" in page
+    assert "by privacy loss distributions" in page
