@@ -116,32 +116,27 @@ class Filter:
         return tuple(min(price, NEVER) for price in total)
 
     def _atomic(self, event: Atomic) -> Price:
-        bounds = cost(event, self.relation)
-        if self.accounting != "planned" or event not in self.slots:
-            price = self.quantize(bounds)
-        else:
-            price = (0,) * len(self.lanes)
-        counted = iter(self.slots)
-        return tuple(
-            own
-            if not lane.startswith(USES)
-            else 1
-            if next(counted) == event
-            else 0
-            if self.accounting == "planned"
-            else NEVER
-            for lane, own in zip(self.lanes, price, strict=True)
-        )
+        price = self.quantize(cost(event, self.relation))
+        if event not in self.slots:
+            return price
+        own = self.lanes.index(f"{USES} {self.slots.index(event) + 1}")
+        if self.accounting == "planned":
+            return tuple(int(at == own) for at in range(len(price)))
+        return (*price[:own], 1, *price[own + 1 :])
 
     def quantize(self, bounds: Cost) -> Price:
         """Return the integer price of a release from its real-valued costs, rounded up.
 
-        A cost that is NaN, negative or infinite is :data:`NEVER`; so is everything but the delta
-        lane for a release with a delta where there is no delta lane.
+        A cost that is NaN, negative or infinite is :data:`NEVER`; so are all of a release with a
+        delta where there is no delta lane. A release like this is no use of a slot: it takes none
+        of a plan's, and ends a witness that counts them.
         """
         if bounds.delta and DELTA not in self.lanes:
-            return (NEVER,) * len(self.lanes)
-        return tuple(_in_lane(lane, bounds) for lane in self.lanes)
+            bounds = Cost(lambda _: math.inf)
+        elsewhere = 0 if self.accounting == "planned" else NEVER
+        return tuple(
+            elsewhere if lane.startswith(USES) else _in_lane(lane, bounds) for lane in self.lanes
+        )
 
     def price_holds(self, event: Event, stored: Price) -> bool:
         """Say whether a stored price is this filter's price of the event.
@@ -356,8 +351,6 @@ def _in_lane(lane: str, bounds: Cost) -> int:
             return _rounded_up(bounds.epsilon, _SCALE_BITS)
         case "mu_squared":
             return _rounded_up(bounds.mu_squared, _SCALE_BITS)
-        case _ if lane.startswith(USES):
-            return NEVER
         case _:
             return _rounded_up(bounds.renyi(int(lane)), _SCALE_BITS)
 
