@@ -62,15 +62,14 @@ def test_no_other_row_s_score_depends_on_a_removed_row():
     assert compared > 200_000
 
 
-@pytest.mark.parametrize("columns", [1, 12])
-def test_the_control_of_row_independence_depends_on_other_rows(columns):
-    """The linear algebra library's product, by a vector and by a matrix."""
+def test_the_control_of_row_independence_depends_on_other_rows():
+    """The linear algebra library's product, by a vector or by a matrix: which, differs by processor."""
     changed = 0
     for rows, dimensions in SHAPES:
-        vectors, several = unit_vectors(rows, dimensions), unit_vectors(columns, dimensions, 1).T
-        score = (lambda r, q: r @ q) if columns == 1 else (lambda r, q: (r @ q)[:, 0].copy())
-        query = several[:, 0].copy() if columns == 1 else several
-        changed += bits_changed(score, vectors, query, range(0, rows, 8))
+        vectors, several = unit_vectors(rows, dimensions), unit_vectors(12, dimensions, 1).T
+        removed = range(0, rows, 8)
+        changed += bits_changed(lambda r, q: r @ q, vectors, several[:, 0].copy(), removed)
+        changed += bits_changed(lambda r, q: (r @ q)[:, 0].copy(), vectors, several, removed)
     assert changed > 0
 
 
