@@ -137,7 +137,7 @@ def test_the_noise_of_a_slot_is_found() -> None:
     assert smallest_noise(budget, totals, step, uses=50) == 1.0
     with pytest.raises(NothingFits):
         smallest_noise(budget, totals, step, uses=61)
-    plain = planned(8.0, 1e-6, slots=[(Gaussian(40.0), 60)])
+    plain = planned(8.0, 1e-6, slots=[(Gaussian(40.0), 60), (PureDP(0.1), 2)])
     totals = (0,) * len(plain.limits)
     assert smallest_noise(plain, totals, Gaussian, uses=50) < 40.0
 
@@ -160,6 +160,14 @@ def test_a_record_with_slots_where_none_are_counted(accounting: str) -> None:
     ]
     record["slots"] = slots
     with pytest.raises(InvalidParameter):
+        Filter.from_record(record)
+
+
+def test_a_record_that_counts_uses_of_two_expected_events() -> None:
+    record = adaptive(8.0, 1e-6, expect=PoissonSampled(0.01, Gaussian(1.0))).to_record()
+    other = adaptive(8.0, 1e-6, expect=PoissonSampled(0.02, Gaussian(1.0))).to_record()
+    record["slots"] = [*record["slots"], *other["slots"]]
+    with pytest.raises(InvalidParameter, match="slots"):
         Filter.from_record(record)
 
 
