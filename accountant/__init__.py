@@ -4,8 +4,10 @@ from accountant.accountant import Accountant
 from accountant.budgets import Budget
 from accountant.errors import (
     AccountantError,
+    BudgetClosed,
     BudgetExceeded,
     BudgetExists,
+    DatasetCovered,
     InvalidRequest,
     KeyReused,
     LedgerCorrupt,
@@ -18,8 +20,8 @@ from accountant.errors import (
     UnitMismatch,
     UnknownBudget,
 )
-from accountant.ledger import Receipt
-from accountant.reservations import Reservation
+from accountant.requests import Receipt
+from accountant.reservations import Lease, Reservation
 from accountant.statements import Statement
 from accountant.verify import Verification
 
@@ -27,10 +29,13 @@ __all__ = [
     "Accountant",
     "AccountantError",
     "Budget",
+    "BudgetClosed",
     "BudgetExceeded",
     "BudgetExists",
+    "DatasetCovered",
     "InvalidRequest",
     "KeyReused",
+    "Lease",
     "LedgerCorrupt",
     "LedgerError",
     "LedgerUnavailable",

@@ -6,6 +6,8 @@
     ├── BudgetExceeded        a refusal: the operation does not fit; it is in the ledger
     ├── UnknownBudget         no budget of that name (also a LookupError)
     ├── BudgetExists          the name is taken; budgets are immutable (also a ValueError)
+    ├── BudgetClosed          it was closed, and admits nothing any more
+    ├── DatasetCovered        another budget is about the same dataset (also a ValueError)
     ├── InvalidRequest        a request that cannot be recorded (also a ValueError)
     │   ├── UnitMismatch      the operation protects another unit or relation than the budget
     │   └── KeyReused         the idempotency key belongs to another request
@@ -74,6 +76,36 @@ class BudgetExists(AccountantError, ValueError):
     def __init__(self, budget: str) -> None:
         super().__init__(f"budget {budget!r} exists; budgets are immutable, choose another name")
         self.budget = budget
+
+
+class BudgetClosed(AccountantError):
+    """The budget was closed; nothing runs under it any more.
+
+    Attributes:
+        budget: The name.
+    """
+
+    def __init__(self, budget: str) -> None:
+        super().__init__(
+            f"budget {budget!r} is closed; ask its owner, or use the budget that supersedes it"
+        )
+        self.budget = budget
+
+
+class DatasetCovered(AccountantError, ValueError):
+    """A second budget over the same data would give it a second promise.
+
+    Attributes:
+        budget: The name of the new budget.
+        other: The name of the budget that is about that data.
+    """
+
+    def __init__(self, budget: str, other: str) -> None:
+        super().__init__(
+            f"budget {budget!r}: budget {other!r} is about the same dataset; charge that one, or"
+            f" create this one with supersedes={other!r}, which carries its spend over"
+        )
+        self.budget, self.other = budget, other
 
 
 class InvalidRequest(AccountantError, ValueError):
@@ -150,4 +182,21 @@ class LedgerCorrupt(LedgerError):
 
 
 class SchemaMismatch(LedgerError):
-    """The ledger was written by another schema version of epsledger."""
+    """The ledger was written by another schema version of epsledger.
+
+    Attributes:
+        place: The ledger.
+        found: Its schema version.
+        expected: The version that this epsledger reads and writes.
+    """
+
+    def __init__(self, place: str, found: int, expected: int) -> None:
+        super().__init__(
+            f"{place} has ledger schema {found}, this epsledger writes {expected}; "
+            + (
+                "stop every process that has it open, then run: epsledger ledger migrate"
+                if found < expected
+                else "use the epsledger that wrote it, or a newer one"
+            )
+        )
+        self.place, self.found, self.expected = place, found, expected

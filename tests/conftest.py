@@ -26,6 +26,14 @@ def scale():
     return SCALE
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch):
+    """Where clients keep their high-water marks: a folder for each test."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("EPSLEDGER_STATE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def location(tmp_path):
     """Where a ledger may be."""

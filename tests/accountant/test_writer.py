@@ -93,7 +93,7 @@ def test_a_commit_that_fails_is_unknown_to_all_and_the_next_goes_on(
     """SQLite itself turns the statement down: its authorizer is asked before each."""
     accountant.charge("tips", PureDP(1.0), **ASK)
     before = digest_of(location)
-    connection = accountant._store._connection.connection.driver_connection
+    connection = accountant._store._connection.driver_connection
     connection.set_authorizer(
         lambda action, what, *_: (
             sqlite3.SQLITE_DENY
