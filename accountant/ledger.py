@@ -239,7 +239,12 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
         case Charge():
             return _charge(tx, request, now)
         case Correct():
-            return _record(tx, request, Kind.CORRECT, _priced(tx, request), now)
+            priced = _priced(tx, request)
+            reached = [
+                book.budget.filter.after(book.totals, price, request.uses)
+                for book, _, price in priced
+            ]
+            return _record(tx, request, Kind.CORRECT, priced, reached, now)
         case Reserve():
             return _reserve(tx, request, now)
         case Mark(uses=uses):
@@ -357,18 +362,20 @@ def _check_same_promise(budget: Budget, other: Budget) -> None:
 
 def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
     priced = _priced(tx, ask)
+    if ask.key is None:
+        return _admit(tx, ask, Kind.CHARGE, priced, now)
     first, event = ask.budgets[0], priced[0][1]
     others = tuple(name.encode() for name in ask.budgets[1:])
     parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload, *others)
     payload = digest(b"".join(map(digest, parts)))
-    if ask.key is not None and (keyed := tx.keyed(first, ask.key)) is not None:
+    if (keyed := tx.keyed(first, ask.key)) is not None:
         if keyed.payload != payload:
             raise KeyReused(ask.key)
         if keyed.answer is None:
             raise ReleaseUnknown(ask.key)
         return Receipt(first, keyed.seq, keyed.digest.hex(), keyed.answer, ask.uses)
     outcome = _admit(tx, ask, Kind.CHARGE, priced, now)
-    if ask.key is not None and isinstance(outcome, Receipt):
+    if isinstance(outcome, Receipt):
         keyed = Keyed(ask.key, payload, outcome.seq, bytes.fromhex(outcome.digest))
         tx.add_keyed(first, keyed)
     return outcome
@@ -394,23 +401,26 @@ def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
 
 
 def _admit(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> Outcome:
-    refusals = []
+    refusals, reached = [], []
     for book, event, price in priced:
         limits = book.budget.filter
-        if not limits.admits(limits.after(book.totals, price, ask.uses)):
+        reached.append(limits.after(book.totals, price, ask.uses))
+        if not limits.admits(reached[-1]):
             _refuse(tx, book, ask, event, now)
             fit = limits.uses_that_fit(book.totals, price)
             name, advice = book.budget.name, limits.advice(price)
             refusals.append(BudgetExceeded(name, ask.event, ask.uses, fit, advice))
-    return refusals[0] if refusals else _record(tx, ask, kind, priced, now)
+    return refusals[0] if refusals else _record(tx, ask, kind, priced, reached, now)
 
 
-def _record(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> Receipt:
-    """Add the spend to every budget, and its entries to their chains."""
+def _record(
+    tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, reached: list[Price], now: int
+) -> Receipt:
+    """Bring every budget to the totals that it reaches, and add the entries to their chains."""
     receipts: list[Receipt] = []
-    for book, event, price in priced:
+    for (book, event, _), totals in zip(priced, reached, strict=True):
         tx.keep_event(book, event)
-        book.totals = book.budget.filter.after(book.totals, price, ask.uses)
+        book.totals = totals
         receipts.append(
             book.append(
                 kind,

@@ -5,8 +5,8 @@ the copy is consistent. A client that remembers the highest entry it saw does. T
 ledger are one small file in ``$EPSLEDGER_STATE``, else ``$XDG_STATE_HOME/epsledger``, else
 ``~/.local/state/epsledger``; an empty ``EPSLEDGER_STATE`` turns them off.
 
-Marks are written after the commit and not synced: a power cut may lose the newest, which only
-makes the check weaker by those entries, never wrong.
+Marks are written after the commit, not synced, and two processes may write at the same moment:
+the newest entry may be missing from them, which makes the check weaker by it, never wrong.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ class HighWaterMarks:
     def raise_to(self, heads: Heads) -> None:
         """Remember these heads where they are higher than what is remembered."""
         try:
-            with self._locked():
-                for name, (seq, head) in heads.items():
-                    self._raise(name, seq, head)
+            for name, (seq, head) in heads.items():
+                self._raise(name, seq, head)
         except OSError as error:
             _LOG.warning("%s: the high-water mark was not written: %s", self.path, error)
 
@@ -79,10 +78,12 @@ class HighWaterMarks:
     def _raise(self, name: str, seq: int, head: bytes) -> None:
         slot = self._slots.get(name)
         if slot is None:
-            self._read()
-            slot = self._slots.setdefault(
-                name, -(-os.fstat(self._file).st_size // _SLOT.size)
-            )
+            with self._locked():
+                self._read()
+                slot = self._slots.get(name)
+                if slot is None:
+                    slot = self._slots[name] = -(-os.fstat(self._file).st_size // _SLOT.size)
+                    os.pwrite(self._file, _packed(name, 0, bytes(32)), slot * _SLOT.size)
         stored = _unpacked(os.pread(self._file, _SLOT.size, slot * _SLOT.size))
         if stored is None or stored[1] < seq:
             os.pwrite(self._file, _packed(name, seq, head), slot * _SLOT.size)
@@ -96,7 +97,8 @@ class HighWaterMarks:
                 continue
             name, seq, head = stored
             self._slots[name] = at // _SLOT.size
-            found[name] = (seq, head)
+            if seq:
+                found[name] = (seq, head)
         return found
 
     @contextmanager

@@ -166,14 +166,18 @@ class SqliteStore(SqlStore):
         process may then take the write-ahead log away, and what is committed to it is lost.
         A second name (hard link) would have a log of its own.
         """
-        moved = _inode(self._path) != self._file
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - a Path costs as much as the call
+            moved = (found.st_dev, found.st_ino) != self._file
+        except FileNotFoundError:
+            moved = True
         if moved or (self._log is not None and _inode(f"{self._path}-wal") != self._log):
             raise LedgerUnavailable(
                 f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
                 " open; open it again, and never open, copy or hash the file in a process that"
                 " has it open as a ledger"
             )
-        if os.stat(self._path).st_nlink > 1:  # noqa: PTH116
+        if found.st_nlink > 1:
             raise LedgerUnavailable(
                 f"{self._path} has a second name (hard link); remove that first"
             )

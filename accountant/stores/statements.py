@@ -23,6 +23,11 @@ _TABLES: dict[Any, str] = {
     KeyRow: "epsledger_key",
     CheckpointRow: "epsledger_checkpoint",
 }
+_MUTABLE: dict[Any, tuple[str, ...]] = {
+    BudgetRow: ("seq", "head", "time", "totals", "pending", "closed"),
+    ReservationRow: ("holder", "marked", "open"),
+    KeyRow: ("answer",),
+}
 SPEND_KINDS = tuple(bytes([kind]) for kind in sorted(SPENDS))
 
 
@@ -50,7 +55,7 @@ class Statements:
             f" FROM epsledger_reservation WHERE budget = {mark} GROUP BY 1, 2"
         )
         self.inserts = {row: self._insert(row) for row in _TABLES}
-        self.updates = {row: self._update(row) for row in (BudgetRow, ReservationRow, KeyRow)}
+        self.updates = {row: self._update(row) for row in _MUTABLE}
 
     def budgets(self, names: int) -> str:
         """Return the statement that reads, and locks, this many budgets."""
@@ -69,8 +74,11 @@ class Statements:
         return f"INSERT INTO {_TABLES[row]} ({columns}) VALUES ({marks})"  # noqa: S608
 
     def _update(self, row: Any) -> str:
-        """Return an UPDATE of a whole row by its key and, for a budget, the ``seq`` before."""
-        sets = ", ".join(f"{name} = {self._mark}" for name in row._fields)
+        """Return an UPDATE of a row by its key and, for a budget, the ``seq`` before.
+
+        It sets nothing else than what may change: a key that is set anew costs an index page.
+        """
+        sets = ", ".join(f"{name} = {self._mark}" for name in _MUTABLE[row])
         last = ["seq"] if row is BudgetRow else []
         where = " AND ".join(f"{name} = {self._mark}" for name in (*_key(row), *last))
         return f"UPDATE {_TABLES[row]} SET {sets} WHERE {where}"  # noqa: S608
@@ -79,8 +87,12 @@ class Statements:
 def bound(new: Any, before: Any) -> tuple[Any, ...]:
     """Return the values of the UPDATE that puts a row in place of the one before."""
     last = (before.seq,) if isinstance(before, BudgetRow) else ()
-    return (*new, *(getattr(before, name) for name in _key(type(before))), *last)
+    key = new[: _KEY_LENGTHS[type(new)]]
+    return (*(getattr(new, name) for name in _MUTABLE[type(new)]), *key, *last)
 
 
 def _key(row: Any) -> list[str]:
     return [column.name for column in METADATA.tables[_TABLES[row]].primary_key]
+
+
+_KEY_LENGTHS = {row: len(_key(row)) for row in _TABLES}
