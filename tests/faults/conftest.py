@@ -27,7 +27,16 @@ class Workers:
         )
 
     def start(
-        self, folder: Path, mode: str, *, processes: int, threads: int, asks: int, bytes: int = 0
+        self,
+        folder: Path,
+        mode: str,
+        *,
+        processes: int,
+        threads: int,
+        asks: int,
+        bytes: int = 0,
+        location: str | None = None,
+        **more: object,
     ) -> dict:
         """Start workers on one ledger at the same moment; return their files by process id."""
         go, outs = folder / "go", {}
@@ -35,12 +44,14 @@ class Workers:
             out = folder / f"out-{mode}-{number}"
             task = {
                 "mode": mode,
-                "location": str(folder / "ledger.db"),
+                "location": location or str(folder / "ledger.db"),
                 "out": str(out),
                 "go": str(go),
                 "threads": threads,
                 "asks": asks,
                 "bytes": bytes,
+                "state": os.environ["EPSLEDGER_STATE"],
+                **more,
             }
             self._server.stdin.write(json.dumps(task) + "\n")
             self._server.stdin.flush()

@@ -26,8 +26,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,34 +35,36 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, Session, SQLModel, create_engine, func, select
 
 from accountant import Accountant, BudgetExceeded
-from accountant.stores.sql import SqlStore
-from accountant.stores.transaction import SqlTransaction
+from accountant.stores import _url
+from accountant.stores.sqlite import SqliteStore
 from dp import PureDP
 
 ASK = {"unit": "article", "activity": "survey"}
-ONE = PureDP(1.0)
+ONE, NOTHING = PureDP(1.0), PureDP(1e-6)
 LAZY = 25
 """How many transactions the lazy store keeps before it commits."""
 
 
-class LazyStore(SqlStore):
+class LazyStore(SqliteStore):
     """Control: answers at once and commits later, as a buffered ledger would."""
 
     _kept = 0
 
-    @contextmanager
-    def transaction(self) -> Iterator[SqlTransaction]:
+    def _begin(self, names: frozenset[str]) -> None:
         if self._kept == 0:
-            self._connection = self._connection or self._writer.connect()
-            self._transaction = self._connection.begin()
-        tx = SqlTransaction(self, self._connection)
-        yield tx
-        tx.write_back()
-        tx.remember()
+            super()._begin(names)
+
+    def _commit(self) -> None:
         self._kept += 1
         if self._kept == LAZY:
-            self._transaction.commit()
+            super()._commit()
             self._kept = 0
+
+
+def lazy(location: str) -> Accountant:
+    store = LazyStore(_url(location))
+    store.marks = None  # they would give it away when it is opened again
+    return Accountant(store)
 
 
 class Base(SQLModel, registry=registry(metadata=MetaData())):
@@ -146,13 +147,50 @@ def reservations(accountant: Accountant, say: Say, count: int) -> None:
         say("full")
 
 
+def quotas(accountant: Accountant, say: Say, count: int) -> None:
+    """Charge the budget and two quotas together until refused."""
+    try:
+        for _ in range(count):
+            receipt = accountant.charge(("tips", "team", "app"), ONE, **ASK)
+            say(f"charged {receipt.seq} {receipt.digest}")
+    except BudgetExceeded:
+        say("full")
+
+
+def broken_quotas(accountant: Accountant, say: Say, count: int) -> None:
+    """Control: charge one after another."""
+    try:
+        for _ in range(count):
+            receipt = accountant.charge("tips", ONE, **ASK)
+            accountant.charge(("tips", "team"), NOTHING, **ASK)
+            accountant.charge(("tips", "app"), NOTHING, **ASK)
+            say(f"charged {receipt.seq} {receipt.digest}")
+    except BudgetExceeded:
+        say("full")
+
+
+def leases(accountant: Accountant, say: Say, count: int) -> None:
+    """Mark a lease in memory until refused; say how many blocks there were."""
+    lease = accountant.lease("tips", ONE, **ASK, block=64)
+    try:
+        for _ in range(count):
+            lease.mark()
+            say("leased 0 -")
+    except BudgetExceeded:
+        lease.close()
+        say("full")
+
+
 MODES: dict[str, tuple[Callable, Callable]] = {
     "asks": (Accountant.open, asks),
     "broken_asks": (Obvious, broken_asks),
     "charges": (Accountant.open, charges),
-    "broken_charges": (lambda location: Accountant(LazyStore(location)), charges),
+    "broken_charges": (lazy, charges),
+    "quotas": (Accountant.open, quotas),
+    "broken_quotas": (Accountant.open, broken_quotas),
+    "leases": (Accountant.open, leases),
     "reservations": (Accountant.open, reservations),
-    "broken_reservations": (lambda location: Accountant(LazyStore(location)), reservations),
+    "broken_reservations": (lazy, reservations),
 }
 
 
@@ -163,6 +201,7 @@ def work(task: dict) -> None:
     def say(line: str) -> None:
         os.write(out, f"{line}\n".encode())
 
+    os.environ["EPSLEDGER_STATE"] = task["state"]
     make, loop = MODES[task["mode"]]
     books = make(task["location"])
     say("ready")
