@@ -116,11 +116,11 @@ class PostgresStore(SqlStore):
             self._discard()
 
     def _discard(self) -> None:
-        if self._connection is not None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
             with suppress(psycopg.Error):
-                self._connection.invalidate()
-            self._connection.close()
-            self._connection = None
+                connection.invalidate()
+                connection.close()
 
     @property
     def _driver(self) -> Any:

@@ -63,8 +63,7 @@ class SqlStore(ABC):
                     self._connection = self._connect()
                 self._begin(names)
                 tx = Transaction(self, self.remembered, names)
-            yield tx
-            with self.translated():
+                yield tx
                 tx.write_back()
         except BaseException:
             self._roll_back()

@@ -124,10 +124,11 @@ class SqliteStore(SqlStore):
             self._end_turn()
 
     def _discard(self) -> None:
-        if self._connection is not None:
-            self._connection.invalidate()
-            self._connection.close()
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.invalidate()
+                connection.close()
         self._end_turn()
 
     def _end_turn(self) -> None:

@@ -425,7 +425,6 @@ def test_triggers_refuse_what_is_not_appended(place, kind):
             with (
                 pytest.raises(LedgerCorrupt, match="append-only"),
                 accountant._store.transaction(frozenset()),
-                accountant._store.translated(),
             ):
                 if kind == "postgres":
                     accountant._store._driver.execute(statement)
