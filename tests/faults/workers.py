@@ -36,8 +36,9 @@ from sqlmodel import Field, Session, SQLModel, create_engine, func, select
 
 from accountant import Accountant, BudgetExceeded
 from accountant.stores import _url
+from accountant.stores.migrations import migrate
 from accountant.stores.sqlite import SqliteStore
-from dp import PureDP
+from dp import PureDP, pure
 
 ASK = {"unit": "article", "activity": "survey"}
 ONE, NOTHING = PureDP(1.0), PureDP(1e-6)
@@ -228,6 +229,77 @@ def work(task: dict) -> None:
         signal.pause()
 
 
+class Steps:
+    """Counts the labelled steps of one operation, and dies at one of them."""
+
+    def __init__(self, die_at: int, out: int) -> None:
+        self._die_at, self._out, self.count = die_at, out, 0
+
+    def __call__(self, label: str) -> None:
+        self.count += 1
+        os.write(self._out, f"step {self.count} {label}\n".encode())
+        if self.count == self._die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, store: object, *names: str) -> None:
+        """Make each call of these methods two steps: before it, and after it."""
+        for name in names:
+            setattr(store, name, self._stepped(name, getattr(store, name)))
+
+    def _stepped(self, name: str, method: Callable) -> Callable:
+        def stepped(*args: object) -> object:
+            what = args[0] if args and isinstance(args[0], str) else ""
+            self(f"before {name} {what[:40]}")
+            result = method(*args)
+            self(f"after {name} {what[:40]}")
+            return result
+
+        return stepped
+
+
+def operate(task: dict) -> None:
+    """Open a ledger, and carry out one operation that may die at a step."""
+    os.environ["EPSLEDGER_STATE"] = task["state"]
+    out = os.open(task["out"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    steps, what = Steps(task["step"], out), task["mode"].removeprefix("step-")
+    if what == "migrate":
+        from sqlalchemy import Engine, event
+
+        event.listen(Engine, "before_cursor_execute", lambda *args: steps(f"before {args[2][:40]}"))
+        event.listen(Engine, "commit", lambda _: steps("before commit"))
+        migrate(_url(task["location"]), steps)
+        steps("after")
+        os.write(out, b"done\n")
+        return
+    accountant = Accountant.open(task["location"])
+    store = accountant._store
+    holds = [tuple(hold) for hold in task["holds"]]
+    ask = {"unit": "article", "activity": "survey"}
+    held = accountant.adopt(holds, ONE) if what in ("mark", "settle", "void") else None
+    steps.around(store, "_begin", "_execute", "_execute_many", "_commit")
+    if store.marks is not None:
+        steps.around(store.marks, "raise_to")
+    done = {
+        "charge": lambda: accountant.charge("tips", ONE, **ask),
+        "broken-charge": lambda: (steps("released"), accountant.charge("tips", ONE, **ask)),
+        "quota": lambda: accountant.charge(("tips", "team"), ONE, **ask),
+        "key": lambda: accountant.charge("tips", ONE, key="k", **ask),
+        "reserve": lambda: accountant.reserve("tips", ONE, uses=3, **ask),
+        "mark": lambda: held.mark(2),
+        "settle": lambda: held.settle(),
+        "void": lambda: held.void(),
+        "adopt": lambda: accountant.adopt(holds, ONE),
+        "close": lambda: accountant.close_budget("tips"),
+        "correct": lambda: accountant.correct("tips", ONE, **ask),
+        "supersede": lambda: accountant.create_budget(
+            "next", pure(50.0), unit="article", dataset="d", supersedes="tips"
+        ),
+        "checkpoint": lambda: accountant.checkpoint(task["key"]),
+    }[what]()
+    os.write(out, f"done {getattr(done, 'seq', 0)}\n".encode())
+    steps("released")
+
+
 def serve() -> None:
     """Fork a worker for each line; print its process id."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the dead
@@ -235,7 +307,8 @@ def serve() -> None:
         worker = os.fork()
         if worker == 0:
             try:
-                work(json.loads(line))
+                task = json.loads(line)
+                (operate if task["mode"].startswith("step-") else work)(task)
             finally:
                 os._exit(0)
         print(worker, flush=True)
