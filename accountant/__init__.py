@@ -4,6 +4,8 @@ from accountant.accountant import Accountant
 from accountant.budgets import Budget
 from accountant.errors import (
     AccountantError,
+    AnchorInvalid,
+    AnchorUnavailable,
     BudgetClosed,
     BudgetExceeded,
     BudgetExists,
@@ -28,6 +30,8 @@ from accountant.verify import Verification
 __all__ = [
     "Accountant",
     "AccountantError",
+    "AnchorInvalid",
+    "AnchorUnavailable",
     "Budget",
     "BudgetClosed",
     "BudgetExceeded",

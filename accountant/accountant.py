@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from accountant.anchors import Checkpoint, Head, history, publish, sign, since
 from accountant.budgets import Budget
-from accountant.errors import AccountantError, ReleaseUnknown
+from accountant.errors import AccountantError, AnchorInvalid, InvalidRequest, ReleaseUnknown
 from accountant.ledger import Outcome
+from accountant.notes import Signer, VerifierKey
 from accountant.requests import (
     Adopt,
+    Anchor,
     Answer,
     Borrow,
     Charge,
@@ -455,10 +458,63 @@ class Accountant:
         reached = after(budget.filter, totals, events)
         return None if reached is None else budget.filter.share(reached)
 
-    def verify(self) -> Verification:
-        """Replay the whole ledger and compare it with itself."""
+    def checkpoint(
+        self, *signers: Signer, to: Iterable[str | Path] = (), lines: Sequence[str] = ()
+    ) -> str:
+        """Sign the last entry of every budget, and publish that as an anchor.
+
+        Args:
+            signers: Keys, from :func:`accountant.notes.read_key`.
+            to: Files to append to, or ``command:...`` lines that get it on their standard input.
+                Choose places that whoever can change the ledger cannot.
+            lines: Further lines, as :mod:`accountant.anchors` describes.
+
+        Returns:
+            The signed note. It is in the ledger, too.
+
+        Raises:
+            AnchorUnavailable: If it could not be published everywhere.
+            AnchorInvalid: If there is no signer.
+        """
         with self._store.snapshot() as snapshot:
-            return verify(snapshot)
+            rows = [snapshot.row(name) for name in snapshot.budgets()]
+        heads = tuple(Head(row.name, row.seq, row.head) for row in rows)
+        note = sign(Checkpoint(self._store.ledger, heads, tuple(lines)), signers)
+        self._writer.submit(Anchor(note))
+        for target in to:
+            publish(note, target)
+        return note
+
+    def verify(
+        self,
+        anchors: Iterable[str] = (),
+        *,
+        key: VerifierKey | None = None,
+        vouched: Collection[VerifierKey] = (),
+    ) -> Verification:
+        """Replay the whole ledger and compare it with itself, and with what is known elsewhere.
+
+        Args:
+            anchors: Signed checkpoints from where they were published, oldest first.
+            key: A verifier key that is trusted; checkpoints from before it was valid are left
+                out. With it the checkpoints that the ledger keeps of itself are compared, too.
+            vouched: Keys that somebody you trust gave you because an older one was lost.
+
+        Raises:
+            AnchorInvalid: If a checkpoint is not signed by a key that was valid then.
+        """
+        notes = tuple(anchors)
+        if notes and key is None:
+            raise InvalidRequest("anchors prove nothing without the verifier key they are signed by")
+        with self._store.snapshot() as snapshot:
+            checkpoints: list[Checkpoint] = []
+            if key is not None:
+                for series in (notes, snapshot.checkpoints()):
+                    valid = since(series, key)
+                    if series is notes and notes and not valid:
+                        raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")
+                    checkpoints += history(valid, key, vouched=vouched)[0]
+            return verify(snapshot, checkpoints)
 
     def close(self) -> None:
         """Finish what is queued and close the ledger."""

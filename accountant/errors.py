@@ -17,6 +17,8 @@
         ├── LedgerUnavailable it cannot be opened, locked or written; nothing was charged
         ├── OutcomeUnknown    the commit failed midway; counted as spent, release nothing
         ├── LedgerCorrupt     it contradicts itself
+        ├── AnchorInvalid     a key, note or checkpoint that cannot be trusted
+        ├── AnchorUnavailable a key or an anchor cannot be read or written
         └── SchemaMismatch    it was written by another schema version
 
 Each error carries its facts as attributes; exit codes are the command's business.
@@ -179,6 +181,32 @@ class OutcomeUnknown(LedgerError):
 
 class LedgerCorrupt(LedgerError):
     """The ledger contradicts itself; run ``epsledger ledger verify``."""
+
+
+class AnchorInvalid(LedgerError):
+    """A key, a signed note or a checkpoint cannot be trusted as it is.
+
+    Attributes:
+        what: What it is about.
+        reason: Why, and what to do about it.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what}: {reason}")
+        self.what, self.reason = what, reason
+
+
+class AnchorUnavailable(LedgerError):
+    """A key or an anchor cannot be read or written; the ledger itself was not touched.
+
+    Attributes:
+        target: The file or command.
+        reason: Why, and what to do about it.
+    """
+
+    def __init__(self, target: str, reason: str) -> None:
+        super().__init__(f"{target}: {reason}")
+        self.target, self.reason = target, reason
 
 
 class SchemaMismatch(LedgerError):

@@ -10,10 +10,11 @@ needs a mark or an anchor outside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add, sub
 
+from accountant.anchors import Checkpoint, compare
 from accountant.budgets import Budget
 from accountant.entries import GENESIS, HOLDS, NO_EVENT, SPENDS, Entry, Kind, chain, unpack
 from accountant.errors import LedgerCorrupt
@@ -49,17 +50,19 @@ class Verification:
     Attributes:
         budgets: By name.
         strays: Rows that belong to no budget.
+        anchors: In what the ledger contradicts its anchors.
         rollback: What was compared outside the ledger, or ``not checked``.
     """
 
     budgets: tuple[Checked, ...]
     strays: tuple[str, ...]
+    anchors: tuple[str, ...]
     rollback: str
 
     @property
     def clean(self) -> bool:
         """Whether nothing contradicts anything."""
-        return not self.strays and not any(checked.problems for checked in self.budgets)
+        return not self.strays and not self.anchors and not any(checked.problems for checked in self.budgets)
 
 
 @dataclass(slots=True)
@@ -103,8 +106,8 @@ class _Links:
                 yield budget, f"entry {seq}: another kind of entry is linked to it"
 
 
-def verify(snapshot: Snapshot) -> Verification:
-    """Replay the whole ledger."""
+def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verification:
+    """Replay the whole ledger, and compare it with checkpoints that were kept elsewhere."""
     links, checked = _Links(), []
     for name in snapshot.budgets():
         checked.append(_verify_budget(snapshot, name, links))
@@ -116,10 +119,20 @@ def verify(snapshot: Snapshot) -> Verification:
     ]
     seen = snapshot.remembered.seen
     known = sum(each.budget in seen for each in checked)
-    against = f"{known} of {len(checked)} budgets against what this machine saw last"
-    return Verification(
-        tuple(checked), tuple(snapshot.strays()), against if known else "not checked"
-    )
+    anchors = [
+        problem
+        for checkpoint in checkpoints
+        for problem in (
+            compare(checkpoint, snapshot.read_digest)
+            if checkpoint.ledger == snapshot.ledger
+            else (f"the anchor is about ledger {checkpoint.ledger}, not {snapshot.ledger}",)
+        )
+    ]
+    against = [f"{len(checkpoints)} anchors"] if checkpoints else []
+    if known:
+        against.append(f"what this machine saw last of {known} of {len(checked)} budgets")
+    rollback = f"checked against {' and '.join(against)}" if against else "not checked"
+    return Verification(tuple(checked), tuple(snapshot.strays()), tuple(anchors), rollback)
 
 
 def _verify_budget(snapshot: Snapshot, name: str, links: _Links) -> Checked:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, create_engine, event
 
@@ -55,7 +56,14 @@ class SqliteStore(SqlStore):
         self._file = _inode(self._path)
         with suppress(OSError):
             self._turn = os.open(Path(self._path).parent, os.O_RDONLY | os.O_CLOEXEC)
+        _OPEN.add(self)
         self._check_file()
+
+    def let_go_of_the_turn(self) -> None:
+        """Close the folder that the turn is a lock on, without giving the turn up elsewhere."""
+        if self._turn >= 0:
+            os.close(self._turn)
+            self._turn = -1
 
     @property
     def place(self) -> str:
@@ -69,9 +77,7 @@ class SqliteStore(SqlStore):
     def close(self) -> None:
         """Close every connection; in a forked child, touch none of the parent's."""
         super().close()
-        if self._turn >= 0:
-            os.close(self._turn)
-            self._turn = -1
+        self.let_go_of_the_turn()
 
     def _prepare(self) -> str:
         with self.engine.connect() as connection:
@@ -182,6 +188,18 @@ class SqliteStore(SqlStore):
             raise LedgerUnavailable(
                 f"{self._path} has a second name (hard link); remove that first"
             )
+
+
+_OPEN: WeakSet[SqliteStore] = WeakSet()
+
+
+def _in_child() -> None:
+    """A child that kept the folder open would keep the turn when its parent dies."""
+    for store in _OPEN:
+        store.let_go_of_the_turn()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _identity(connection: Connection) -> str:

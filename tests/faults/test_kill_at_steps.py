@@ -39,6 +39,7 @@ WROTE = {
     "close": Kind.CLOSE,
     "correct": Kind.CORRECT,
     "supersede": Kind.CLOSE,
+    "checkpoint": None,
 }
 numbers = itertools.count()
 

@@ -35,6 +35,7 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, Session, SQLModel, create_engine, func, select
 
 from accountant import Accountant, BudgetExceeded
+from accountant.notes import Signer
 from accountant.stores import _url
 from accountant.stores.migrations import migrate
 from accountant.stores.sqlite import SqliteStore
@@ -42,6 +43,8 @@ from dp import PureDP, pure
 
 ASK = {"unit": "article", "activity": "survey"}
 ONE, NOTHING = PureDP(1.0), PureDP(1e-6)
+RACE_SECONDS = 0.35
+"""From the start of one race to the next."""
 LAZY = 25
 """How many transactions the lazy store keeps before it commits."""
 
@@ -78,6 +81,7 @@ class Spend(Base, table=True):
     __tablename__: ClassVar[str] = "spend"
     id: int | None = Field(default=None, primary_key=True)
     epsilon: float
+    race: int = 0
 
 
 class Obvious:
@@ -88,13 +92,14 @@ class Obvious:
         self._engine = create_engine(f"sqlite:///{location}", connect_args={"timeout": 60})
         Spend.metadata.create_all(self._engine)
 
-    def charge(self) -> int | None:
+    def charge(self, race: int = 0) -> int | None:
         """Return the row's number, or None if refused."""
         with Session(self._engine) as session:
-            spent = session.exec(select(func.sum(Spend.epsilon))).one() or 0.0
+            of_race = select(func.sum(Spend.epsilon)).where(Spend.race == race)
+            spent = session.exec(of_race).one() or 0.0
             if spent + 1.0 > self._limit:
                 return None
-            row = Spend(epsilon=1.0)
+            row = Spend(epsilon=1.0, race=race)
             session.add(row)
             session.commit()
             return row.id
@@ -118,6 +123,32 @@ def broken_asks(obvious: Obvious, say: Say, count: int) -> None:
     for _ in range(count):
         row = obvious.charge()
         say("refused" if row is None else f"charged {row} -")
+
+
+def at_the_moment(task_moment: float, number: int) -> None:
+    """Wait until the race of this number starts, for all processes alike."""
+    time.sleep(max(0.0, task_moment + number * RACE_SECONDS - time.time()))
+
+
+def last_units(accountant: Accountant, say: Say, count: int) -> None:
+    """Race for the last unit of one budget after another, all at the same moments."""
+    moment = float(Path(os.environ["EPSLEDGER_RACE"]).read_text())
+    for number in range(count):
+        at_the_moment(moment, number)
+        try:
+            accountant.charge(f"tips{number}", ONE, **ASK)
+            say(f"charged {number} -")
+        except BudgetExceeded:
+            say(f"refused {number} -")
+
+
+def broken_last_units(obvious: Obvious, say: Say, count: int) -> None:
+    """Control: the obvious implementation, with a sum for each race."""
+    moment = float(Path(os.environ["EPSLEDGER_RACE"]).read_text())
+    for number in range(count):
+        at_the_moment(moment, number)
+        won = obvious.charge(number) is not None
+        say(f"{'charged' if won else 'refused'} {number} -")
 
 
 def charges(accountant: Accountant, say: Say, count: int) -> None:
@@ -185,6 +216,8 @@ def leases(accountant: Accountant, say: Say, count: int) -> None:
 MODES: dict[str, tuple[Callable, Callable]] = {
     "asks": (Accountant.open, asks),
     "broken_asks": (Obvious, broken_asks),
+    "last_units": (Accountant.open, last_units),
+    "broken_last_units": (lambda location: Obvious(location, 1.5), broken_last_units),
     "charges": (Accountant.open, charges),
     "broken_charges": (lazy, charges),
     "quotas": (Accountant.open, quotas),
@@ -203,6 +236,7 @@ def work(task: dict) -> None:
         os.write(out, f"{line}\n".encode())
 
     os.environ["EPSLEDGER_STATE"] = task["state"]
+    os.environ["EPSLEDGER_RACE"] = task["go"]
     make, loop = MODES[task["mode"]]
     books = make(task["location"])
     say("ready")
@@ -225,7 +259,7 @@ def work(task: dict) -> None:
     for thread in threads:
         thread.join()
     say("done")
-    if task["mode"] not in ("asks", "broken_asks"):
+    if task["mode"] not in ("asks", "broken_asks", "last_units", "broken_last_units"):
         signal.pause()
 
 
@@ -294,7 +328,7 @@ def operate(task: dict) -> None:
         "supersede": lambda: accountant.create_budget(
             "next", pure(50.0), unit="article", dataset="d", supersedes="tips"
         ),
-        "checkpoint": lambda: accountant.checkpoint(task["key"]),
+        "checkpoint": lambda: accountant.checkpoint(Signer("test", bytes(32))),
     }[what]()
     os.write(out, f"done {getattr(done, 'seq', 0)}\n".encode())
     steps("released")
