@@ -509,7 +509,8 @@ class Accountant:
         with self._store.snapshot() as snapshot:
             checkpoints: list[Checkpoint] = []
             if key is not None:
-                for series in (notes, snapshot.checkpoints()):
+                stored = tuple(row.note for row in snapshot.checkpoints())
+                for series in (notes, stored):
                     valid = since(series, key)
                     if series is notes and notes and not valid:
                         raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")

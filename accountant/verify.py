@@ -128,6 +128,9 @@ def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verifi
             else (f"the anchor is about ledger {checkpoint.ledger}, not {snapshot.ledger}",)
         )
     ]
+    numbers = [number for number, _ in snapshot.checkpoints()]
+    if numbers != list(range(1, len(numbers) + 1)):
+        anchors.append(f"the ledger's own checkpoints are numbered {numbers}")
     against = [f"{len(checkpoints)} anchors"] if checkpoints else []
     if known:
         against.append(f"what this machine saw last of {known} of {len(checked)} budgets")

@@ -170,9 +170,9 @@ class MemoryStore:
         times = Counter((entry.event, entry.uses) for entry in entries if entry.kind in SPENDS)
         return [Spent(event, uses, count) for (event, uses), count in times.items()]
 
-    def checkpoints(self) -> list[str]:
+    def checkpoints(self) -> list[CheckpointRow]:
         """Return the signed checkpoints that were made, in order."""
-        return [row.note for row in self._rows[CheckpointRow].values()]
+        return list(self._rows[CheckpointRow].values())
 
     def strays(self) -> list[str]:
         """Return the names under which rows are stored that no budget has: none."""

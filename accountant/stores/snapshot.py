@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from accountant.errors import UnknownBudget
-from accountant.stores.rows import BudgetRow, Spent
+from accountant.stores.rows import BudgetRow, CheckpointRow, Spent
 from accountant.stores.schema import BUDGET, CHECKPOINT, ENTRY, EVENT, KEY, RESERVATION
 from accountant.stores.statements import SPEND_KINDS, Statements
 from accountant.stores.transaction import Remembered
@@ -79,10 +79,10 @@ class Snapshot:
         query = select(ENTRY.c.digest).where(ENTRY.c.budget == budget, ENTRY.c.seq == seq)
         return self._connection.execute(query).scalar()
 
-    def checkpoints(self) -> list[str]:
+    def checkpoints(self) -> list[CheckpointRow]:
         """Return the signed checkpoints that were made, in order."""
-        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.number)
-        return list(self._connection.execute(query).scalars())
+        query = select(CHECKPOINT).order_by(CHECKPOINT.c.number)
+        return [CheckpointRow(*row) for row in self._connection.execute(query)]
 
     def strays(self) -> list[str]:
         """Return the names under which rows are stored that no budget has."""

@@ -28,6 +28,7 @@ from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
 _PATIENCE_SECONDS = 30
+_BUSY_MILLISECONDS = 30_000
 
 
 class SqliteStore(SqlStore):
@@ -211,7 +212,7 @@ def configure(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver starts no transaction of its own
     # A tampered value must reach verify, not fail in the driver.
     connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-    connection.execute("PRAGMA busy_timeout=30000")
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")
     # In this order: another process may be making the file a ledger right now.
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
