@@ -10,7 +10,8 @@
     w_a * delta * X(a), where L is the privacy loss and X(a) = exp((a-1)(L - S_a)), times a
     constant that the limit absorbs, is a supermartingale of mean at most 1 (Feldman and
     Zrnic, "Individual Privacy Accounting via a Renyi Filter", 2021; Lecuyer, "Practical
-    Privacy Filters and Odometers with Renyi Differential Privacy", 2021, for one order).
+    Privacy Filters and Odometers with Renyi Differential Privacy", 2021, for one order). The
+    parts add up to at most delta over all witnesses: shares for several orders are ours.
     The mu-squared witness is the Gaussian filter of Smith and Thakurta, "Fully Adaptive
     Composition for Gaussian Differential Privacy" (2022); the pure witness needs no share. The
     witness of an expected event lives while nothing else was run: the transcripts that end under
@@ -261,6 +262,6 @@ def _best_order(epsilon: float, delta: float, relation: NeighboringRelation, eve
 
     def uses(order: int) -> float:
         limit = renyi_limit(order, epsilon, delta)
-        return limit / bounds.renyi(order) if limit > 0 else limit
+        return limit / max(bounds.renyi(order), 5e-324) if limit > 0 else limit
 
     return str(max(ORDERS, key=uses))

@@ -1,7 +1,7 @@
 """What was run, as frozen values: an event has exactly the parameters that its price needs.
 
 Mechanisms, ledger and accounting meet only here (after ``dp_accounting.dp_event``). What each
-event costs, under which relation, and by which theorem: the table in :mod:`dp.costs`.
+event costs, under which relation, and by which theorem: the table in :mod:`dp.rows`.
 
 Every sensitivity is meant under the neighboring relation of the budget that is charged.
 
@@ -56,7 +56,8 @@ class PoissonSampled:
     """An event on a fresh secret sample that holds each unit with the same probability.
 
     Independently for every unit and every use. A sample serves one use: several releases on
-    one sample are ``PoissonSampled(q, Composed(...))``, never several events.
+    one sample are ``PoissonSampled(q, Composed(...))``, never several events. Where several of
+    these are discrete Gaussians, they are chosen before the first of them answers.
 
     Attributes:
         sampling_probability: Probability that a unit is in the sample, in (0, 1].
@@ -93,9 +94,11 @@ class FixedSizeSampled:
 
 @dataclass(frozen=True, slots=True)
 class ShuffledEpoch:
-    """One pass over the dataset in batches that hold every unit once, in any order.
+    """One pass over the dataset in batches that hold every unit once.
 
-    Shuffled and sequential loaders alike; there is no amplification by sampling.
+    Shuffled and sequential loaders alike; there is no amplification by sampling. The order must
+    not depend on what the units contain: sorting or bucketing them by length moves all of them
+    when one changes, and is not priced by this.
 
     Attributes:
         event: What is run on each of the batches. Its sensitivity is that of replacing one unit.

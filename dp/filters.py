@@ -330,6 +330,8 @@ class Filter:
             validate.delta(delta=self.delta)
         if self.lanes != lanes(self.accounting, len(self.slots)):
             raise InvalidParameter("lanes", self.lanes, f"those of {self.accounting} accounting 1")
+        if len(self.slots) > {"pure": 0, "adaptive": 1}.get(self.accounting, len(self.slots)):
+            raise InvalidParameter("slots", self.slots, f"fewer under {self.accounting} accounting")
         if any(parts(slot) != {slot: 1} for slot in self.slots):
             raise InvalidParameter("slots", self.slots, "atomic events in canonical form")
         if len(set(self.slots)) != len(self.slots):
@@ -337,7 +339,11 @@ class Filter:
         shared = [
             self.accounting == "adaptive" and lane not in (DELTA, EPSILON) for lane in self.lanes
         ]
-        if [weight > 0 for weight in self.weights] != shared or math.fsum(self.weights) > 1:
+        wrong = [
+            not (0 < weight <= 1 if share else weight == 0)
+            for weight, share in zip(self.weights, shared, strict=False)
+        ]
+        if len(self.weights) != len(shared) or any(wrong) or math.fsum(self.weights) > 1:
             raise InvalidParameter("weights", self.weights, "shares of delta, at most 1 in all")
         if len(self.limits) != len(self.lanes):
             raise InvalidParameter("limits", self.limits, "one for each lane")

@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dp import validate
 from dp.errors import NothingFits
 from dp.events import (
     Event,
     PoissonSampled,
+    parts,
 )
 from dp.filters import Filter, Price
 from dp.mechanisms import (
@@ -112,6 +113,9 @@ def smallest_noise(
 
     Raises:
         NothingFits: If not even ``at_most`` fits.
+
+    Under ``planned`` the noise of a slot's event is tried by itself: it costs uses of the slot,
+    where less and more noise both cost mu squared.
     """
     uses = validate.count(uses=uses)
 
@@ -119,7 +123,10 @@ def smallest_noise(
         return uses_that_fit(budget, totals, with_noise(noise)) >= uses
 
     high = validate.positive(at_most=at_most)
+    planned = [noise for noise in _noises(budget.slots) if noise <= high and fits(noise)]
     if not fits(high):
+        if planned:
+            return min(planned)
         raise NothingFits(f"{uses} uses with a noise multiplier of up to {at_most:g}")
     low = min(1e-9, high)
     if fits(low):
@@ -127,4 +134,13 @@ def smallest_noise(
     while high / low > 1 + 1e-6:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return min((high, *planned))
+
+
+def _noises(slots: Iterable[Event]) -> Iterator[float]:
+    """Yield the noise multipliers of the Gaussians in these events."""
+    for slot in slots:
+        if isinstance(slot, Gaussian):
+            yield slot.noise_multiplier
+        elif hasattr(slot, "event"):
+            yield from _noises(parts(slot.event))

@@ -53,9 +53,10 @@ _POINTS = 1_000_000
 _WIDEST = 600.0
 """Most nats between the losses of one use: beyond it the probabilities leave double precision."""
 
-_ROUNDING = 1e-11
-"""Added to every delta for the FFT's rounding, on top of what its output shows of it: that is
-white, so where the truth is 0 half of the cells come out negative; eight times their sum."""
+_ROUNDING, _ROUNDING_PER_USE = 1e-11, 2.0**-52
+"""Added to every delta for the FFT's rounding, on top of what its output shows of it (eight times
+the negative cells, and the mass that is missing). Raising a transform to the n-th power multiplies
+the rounding of its values by n."""
 
 Slots = tuple[tuple[Atomic, int], ...]
 """Events in canonical form, and how often each is used."""
@@ -127,9 +128,13 @@ def compose(slots: Slots, relation: NeighboringRelation, *, pessimistic: bool = 
     total: PrivacyLossDistribution | None = None
     for event, uses in pairs:
         one = one_use(event, relation, grid, pessimistic=pessimistic)
-        several = one.self_compose(uses)
-        total = several if total is None else total.compose(several)
-    return _losses(total)
+        _check_length(event, uses, one)
+        try:
+            several = one.self_compose(uses)
+            total = several if total is None else total.compose(several)
+        except MemoryError:
+            raise NothingFits(f"{uses} uses of {event!r} are too many to compute") from None
+    return _losses(total, math.fsum(uses for _, uses in pairs) * _ROUNDING_PER_USE)
 
 
 def _pairs(slots: Slots, relation: NeighboringRelation) -> Iterator[tuple[Atomic, int]]:
@@ -169,16 +174,19 @@ def largest_count(
     """
 
     def excess(uses: float) -> float:
-        spent = compose(((event, max(1, round(uses))),), relation).delta(epsilon)
+        try:
+            spent = compose(((event, max(1, round(uses))),), relation).delta(epsilon)
+        except NothingFits:  # too wide to compute is too much
+            spent = 1.0
         return math.log(max(spent, 1e-300) / delta)
 
     if excess(1) > 0:
         return 0
     high = 2
     while excess(high) <= 0:
-        high *= 4
-        if high > validate.MAX_COUNT:
-            return validate.MAX_COUNT
+        if high == validate.MAX_COUNT:
+            return high
+        high = min(4 * high, validate.MAX_COUNT)
     found = round(brentq(excess, 1, high, xtol=0.5, rtol=1e-12))
     while excess(found) > 0:
         found -= 1
@@ -318,7 +326,15 @@ def _check_range(event: Atomic, losses: float, grid: float) -> None:
         raise NothingFits(f"one use of {event!r} may lose up to {losses / 2:.3g} nats of privacy")
 
 
-def _losses(distribution: PrivacyLossDistribution) -> Losses:
+def _check_length(event: Atomic, uses: int, one: PrivacyLossDistribution) -> None:
+    """Refuse so many uses that their losses leave dp_accounting's 64-bit integers, or memory."""
+    for pmf in (one._pmf_remove, one._pmf_add):  # noqa: SLF001
+        dense = pmf.to_dense_pmf()
+        if abs(int(dense._lower_loss)) * uses >= 2**62:  # noqa: SLF001
+            raise NothingFits(f"{uses} uses of {event!r} are too many to compute")
+
+
+def _losses(distribution: PrivacyLossDistribution, rounding: float) -> Losses:
     # dp_accounting offers no public view of the probabilities; tests pin what is read here.
     directions, slack = [], 0.0
     for pmf in (distribution._pmf_remove, distribution._pmf_add):  # noqa: SLF001
@@ -331,7 +347,7 @@ def _losses(distribution: PrivacyLossDistribution) -> Losses:
         kept = probabilities > 0
         losses = (np.arange(len(raw)) + dense._lower_loss)[kept] * dense._discretization  # noqa: SLF001
         directions.append((losses, probabilities[kept], infinity))
-    return Losses(tuple(directions), slack + _ROUNDING)
+    return Losses(tuple(directions), slack + _ROUNDING + rounding)
 
 
 def _gaussian_deltas(epsilons: NDArray[np.float64], mu: float) -> NDArray[np.float64]:

@@ -18,7 +18,12 @@ from scipy.optimize import brentq
 
 from dp import pld, validate
 from dp.accountings import merged
-from dp.conversions import gaussian_delta, gaussian_epsilon, renyi_to_delta, renyi_to_epsilon
+from dp.conversions import (
+    gaussian_delta_above,
+    gaussian_epsilon,
+    renyi_to_delta,
+    renyi_to_epsilon,
+)
 from dp.costs import cost
 from dp.divergences import total
 from dp.errors import InvalidParameter, NothingFits, UnsupportedEvent
@@ -79,8 +84,9 @@ def largest_posterior(
 def group(epsilon: float, delta: float, *, size: int) -> tuple[float, float]:
     """Return the (epsilon, delta) for groups of ``size`` units, or for a user who owns so many.
 
-    Vadhan, "The Complexity of Differential Privacy" (2017), Lemma 2.2: size * epsilon, and
-    delta * (exp(size * epsilon) - 1) / (exp(epsilon) - 1), at most 1.
+    By summing along the chain of neighbors: size * epsilon, and
+    delta * (exp(size * epsilon) - 1) / (exp(epsilon) - 1), at most 1. (Vadhan, "The Complexity of
+    Differential Privacy", 2017, Lemma 2.2 states the looser size * exp(size * epsilon) * delta.)
 
     >>> group(1.0, 0.0, size=3)
     (3.0, 0.0)
@@ -153,7 +159,11 @@ def lifetime_power(budget: Filter, *, false_positive_rate: float) -> float:
     """
     others = () if budget.accounting == "pure" else (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
     guarantees = [(budget.epsilon, budget.delta)]
-    guarantees += [(r * budget.epsilon, lifetime_delta(budget, r * budget.epsilon)) for r in others]
+    guarantees += [
+        (at, lifetime_delta(budget, at))
+        for at in (ratio * budget.epsilon for ratio in others)
+        if 1e-6 <= at <= 1e6
+    ]
     return min(
         largest_power(epsilon, delta, false_positive_rate=false_positive_rate)
         for epsilon, delta in guarantees
@@ -167,7 +177,7 @@ def _contribution(budget: Filter, lane: str, limit: int, epsilon: float) -> floa
     if lane == EPSILON:
         return -math.expm1(min(0.0, epsilon - most)) / (1 + math.exp(-most))
     if lane == MU_SQUARED:
-        return gaussian_delta(epsilon, math.sqrt(most))
+        return gaussian_delta_above(epsilon, math.sqrt(most))
     if lane.startswith(USES):
         return pld.compose(budget.committed, budget.relation).delta(epsilon)
     return renyi_to_delta(int(lane), most, epsilon)
@@ -213,6 +223,7 @@ def if_fixed(
     >>> round(found.renyi, 2), round(found.pld, 4), found.pld - found.pld_low < 0.05
     (2.44, 2.1245, True)
     """
+    delta = _share(delta=delta)
     slots = merged(tuple(spent))
     costs = [(cost(event, relation), uses) for event, uses in slots]
     epsilon = total(uses * one.epsilon for one, uses in costs)

@@ -105,8 +105,9 @@ def _response(event: RandomizedResponse, _: Inner) -> Cost:
     # The trade-off curve has its kink where one category is told from the rest.
     epsilon, others = event.epsilon, event.categories - 1
     lie = math.exp(-epsilon) / (1 + others * math.exp(-epsilon))
-    truth = 1 / (1 + others * math.exp(-epsilon))
-    mu = min(pure_mu(epsilon), float(ndtri(truth) - ndtri(lie)) * (1 + 1e-12))
+    # Both tails as small numbers: near 1 a double has lost what is missing to 1.
+    untrue = others * math.exp(-epsilon) / (1 + others * math.exp(-epsilon))
+    mu = min(pure_mu(epsilon), float(-ndtri(untrue) - ndtri(lie)) * (1 + 1e-12))
     return Cost(
         lambda order: divergences.randomized_response(epsilon, order, event.categories),
         mu**2,
@@ -139,7 +140,7 @@ def _poisson_sampled(event: PoissonSampled, cost: Inner) -> Cost:
     if inner.delta:
         if amplified == math.inf:
             raise UnsupportedEvent(event, "an event with a delta is sampled with pure ones only")
-        return _pure(amplified, q * inner.delta)
+        return _pure(amplified, max(q * inner.delta, sys.float_info.min))  # never pure
     precision, pairs = 0.0, []
     for part, uses in parts(event.event).items():
         match part:
@@ -298,7 +299,7 @@ ROWS: dict[type[Any], Row] = {
         "as PureDP(e)",
         "as PureDP(e)",
         "e",
-        "Kairouz, Oh, Viswanath 2015, Thm 3.3",
+        "Kairouz, Oh, Viswanath 2015",
         delta="d",
         slot="randomized response, d revealed",
     ),
@@ -350,7 +351,7 @@ ROWS: dict[type[Any], Row] = {
         "as PureDP(1/b + 2c/b')",
         "as PureDP",
         "1/b + 2c/b'; 1/b + c/b' if monotone",
-        "Lyu, Su, Li 2017, Thms 2 and 3",
+        "Lyu, Su, Li 2017, Thms 4 and 5",
         slot="randomized response",
     ),
     ProposeTestRelease: Row(

@@ -367,6 +367,14 @@ def test_weights_that_are_no_shares_are_found(lane: int, weight: float) -> None:
         Filter.from_record(record)
 
 
+def test_weights_that_make_up_for_each_other_are_found() -> None:
+    """Negative where none is due, so that the shares of others may be above 1."""
+    record = BUDGET.to_record()
+    record["weights"] = [-1000.0, -1000.0] + [100.0] * (len(record["weights"]) - 2)
+    with pytest.raises(InvalidParameter, match="weights"):
+        Filter.from_record(record)
+
+
 @pytest.mark.parametrize(
     "changed", [{"version": 2}, {"accounting": "zcdp"}, {"version": None}, {"accounting": ""}]
 )
