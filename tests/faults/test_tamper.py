@@ -14,7 +14,7 @@ from contextlib import closing
 
 import pytest
 
-from accountant import Accountant, BudgetExceeded
+from accountant import Accountant, AccountantError, BudgetExceeded
 from accountant import verify as verify_module
 from accountant.notes import Signer
 from dp import Gaussian, PoissonSampled, PureDP, adaptive, planned, pure
@@ -93,7 +93,6 @@ def flips(ledger, count: int, seed: int):
         for _ in range(count):
             table, column, rowid, row = choose.choice(cells)
             update = f"UPDATE OR REPLACE epsledger_{table} SET {column} = ? WHERE rowid = ?"
-            raw.execute("SAVEPOINT before")
             value = flipped(row[column], choose)
             if column == "note":  # not the names of the keys: a note by another key proves nothing
                 text, end = row[column].split("\n\n")
@@ -108,14 +107,13 @@ def flips(ledger, count: int, seed: int):
             if isinstance(value, str):
                 value = value.encode("utf-8", "surrogateescape")
                 update = update.replace("= ? WHERE", "= CAST(? AS TEXT) WHERE")
-            raw.execute("RELEASE before")
             backup = raw.execute(f"SELECT rowid, * FROM epsledger_{table}").fetchall()
             raw.execute(update, (value, rowid))
             try:
                 verification = accountant.verify(key=SIGNER.verifier_key)
-                clean, text = verification.clean, str(verification)
-            except Exception as error:  # noqa: BLE001 - a checkpoint that does not open
-                clean, text = False, str(error)
+                clean = verification.clean
+            except AccountantError:  # a checkpoint that does not open
+                clean = False
             raw.execute("BEGIN")
             raw.execute(f"DELETE FROM epsledger_{table}")
             names = ", ".join(["rowid", *(c[1] for c in raw.execute(f"PRAGMA table_info(epsledger_{table})"))])
@@ -128,8 +126,9 @@ def flips(ledger, count: int, seed: int):
             if table == "entry":
                 entries += 1
                 problems = [p for c in verification.budgets if c.budget == row["budget"] for p in c.problems]
-                first = min(int(number) for p in problems for number in re.findall(r"^entry (\d+)", p))
-                named += first <= row["seq"] + 1 or f"follows entry {row['seq'] - 1}" in problems[0]
+                numbers = [int(n) for p in problems for n in re.findall(r"^entry (\d+)", p)]
+                followed = f"follows entry {row['seq'] - 1}" in str(problems[:1])
+                named += followed or (bool(numbers) and min(numbers) <= row["seq"] + 1)
         assert accountant.verify(key=SIGNER.verifier_key).clean
     return found, named, entries, missed
 
