@@ -1,7 +1,7 @@
 """Budgets, the ledger and its stores: who may spend what, and the record of it."""
 
 from accountant.accountant import Accountant
-from accountant.budgets import Budget
+from accountant.budgets import Budget, fingerprint
 from accountant.errors import (
     AccountantError,
     AnchorInvalid,
@@ -53,4 +53,5 @@ __all__ = [
     "UnitMismatch",
     "UnknownBudget",
     "Verification",
+    "fingerprint",
 ]

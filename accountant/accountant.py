@@ -8,13 +8,20 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from accountant.anchors import Checkpoint, Head, history, publish, sign, since
 from accountant.budgets import Budget
-from accountant.errors import AccountantError, AnchorInvalid, InvalidRequest, ReleaseUnknown
+from accountant.errors import (
+    AccountantError,
+    AnchorInvalid,
+    InvalidRequest,
+    LedgerUnavailable,
+    ReleaseUnknown,
+)
 from accountant.ledger import Outcome
 from accountant.notes import Signer, VerifierKey
 from accountant.requests import (
@@ -36,6 +43,7 @@ from accountant.reservations import Lease, Reservation, holds_of
 from accountant.statements import Statement, read_statement
 from accountant.stores import Store, open_store
 from accountant.stores.rows import unpack_lanes
+from accountant.stores.sqlite import SqliteStore
 from accountant.verify import Verification, verify
 from accountant.writer import Writer, answer
 from dp import (
@@ -134,9 +142,7 @@ class Accountant:
             InvalidRequest: If something cannot be recorded, or the superseded budget has open
                 reservations.
         """
-        budget = Budget(
-            name, unit, filter, units, dataset, tuple(lineage), supersedes
-        )
+        budget = Budget(name, unit, filter, units, dataset, tuple(lineage), supersedes)
         self._writer.submit(Open(budget, tuple(imported)))
         return budget
 
@@ -207,9 +213,7 @@ class Accountant:
             LedgerUnavailable: If nothing could be written; nothing was charged.
             OutcomeUnknown: If the commit failed; count it as spent.
         """
-        ask = Charge(
-            _names(budget), event, uses, unit, relation, activity, note, key, payload
-        )
+        ask = Charge(_names(budget), event, uses, unit, relation, activity, note, key, payload)
         patience = time.monotonic() + _WAIT_SECONDS
         while True:
             try:
@@ -358,9 +362,7 @@ class Accountant:
         holds = tuple((str(name), int(seq)) for name, seq in holds)
         receipt = self._writer.submit(Adopt(holds, holder, event))
         with self._store.snapshot() as snapshot:
-            (row,) = (
-                row for row in snapshot.reservations(holds[0][0]) if row.seq == holds[0][1]
-            )
+            (row,) = (row for row in snapshot.reservations(holds[0][0]) if row.seq == holds[0][1])
         return Reservation(
             self._writer,
             receipt,
@@ -458,6 +460,21 @@ class Accountant:
         reached = after(budget.filter, totals, events)
         return None if reached is None else budget.filter.share(reached)
 
+    def backup(self, to: str | Path) -> None:
+        """Copy the ledger as it is now to a new file; writers go on meanwhile.
+
+        A backup is an older copy from its next charge on: it may only replace a lost ledger, as
+        docs/recovery.md describes. Never copy the file itself: its log would be missing.
+
+        Raises:
+            LedgerUnavailable: If the file exists or cannot be written, or this is no SQLite
+                ledger (use ``pg_dump``).
+        """
+        if not isinstance(self._store, SqliteStore):
+            raise LedgerUnavailable("only SQLite ledgers are copied; use pg_dump for PostgreSQL")
+        self._store.check_process()
+        self._store.backup(Path(to))
+
     def checkpoint(
         self, *signers: Signer, to: Iterable[str | Path] = (), lines: Sequence[str] = ()
     ) -> str:
@@ -479,7 +496,8 @@ class Accountant:
         with self._store.snapshot() as snapshot:
             rows = [snapshot.row(name) for name in snapshot.budgets()]
         heads = tuple(Head(row.name, row.seq, row.head) for row in rows)
-        note = sign(Checkpoint(self._store.ledger, heads, tuple(lines)), signers)
+        when = f"time {datetime.now(UTC).isoformat(timespec='seconds')}"
+        note = sign(Checkpoint(self._store.ledger, heads, (when, *lines)), signers)
         self._writer.submit(Anchor(note))
         for target in to:
             publish(note, target)
@@ -505,7 +523,9 @@ class Accountant:
         """
         notes = tuple(anchors)
         if notes and key is None:
-            raise InvalidRequest("anchors prove nothing without the verifier key they are signed by")
+            raise InvalidRequest(
+                "anchors prove nothing without the verifier key they are signed by"
+            )
         with self._store.snapshot() as snapshot:
             checkpoints: list[Checkpoint] = []
             if key is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +121,27 @@ class Budget:
             )
         except (ValueError, KeyError, TypeError, AttributeError, DPError) as error:
             raise LedgerCorrupt(f"unreadable budget record: {error}") from error
+
+
+def fingerprint(records: Iterable[bytes], *, key: bytes = b"") -> str:
+    """Return a fingerprint of a dataset: the same for the same records in any order.
+
+    Args:
+        records: Each as bytes.
+        key: A secret. Without one, whoever reads the ledger and guesses the whole dataset can
+            check the guess.
+
+    >>> fingerprint([b"one", b"two"]) == fingerprint([b"two", b"one"])
+    True
+    >>> fingerprint([])
+    'sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
+    """
+    kind = "hmac-sha256" if key else "sha256"
+
+    def digest(data: bytes) -> bytes:
+        return hmac.digest(key, data, "sha256") if key else hashlib.sha256(data).digest()
+
+    return f"{kind}:{digest(b''.join(sorted(map(digest, records)))).hex()}"
 
 
 def label(**values: object) -> str:

@@ -384,13 +384,9 @@ def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
 def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
     priced, kind = _priced(tx, ask), Kind.RESERVE
     if isinstance(ask, Borrow):
-        fit = min(
-            book.budget.filter.uses_that_fit(book.totals, price) for book, _, price in priced
-        )
+        fit = min(book.budget.filter.uses_that_fit(book.totals, price) for book, _, price in priced)
         ask, kind = replace(ask, uses=min(ask.uses, max(1, fit // LEASED_SHARE))), Kind.LEASE
-    charged = [
-        book.budget.filter.charge(book.totals, price, ask.uses) for book, _, price in priced
-    ]
+    charged = [book.budget.filter.charge(book.totals, price, ask.uses) for book, _, price in priced]
     outcome = _admit(tx, ask, kind, priced, now)
     if isinstance(outcome, Receipt):
         receipts = (outcome, *outcome.linked)

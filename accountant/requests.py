@@ -229,5 +229,15 @@ class Anchor:
 
 Request = (
     Anchor
-    | Open | Close | Charge | Correct | Reserve | Borrow | Mark | Settle | Void | Adopt | Answer
+    | Open
+    | Close
+    | Charge
+    | Correct
+    | Reserve
+    | Borrow
+    | Mark
+    | Settle
+    | Void
+    | Adopt
+    | Answer
 )

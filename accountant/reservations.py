@@ -110,8 +110,8 @@ class Lease:
 
     Uses are reserved durably in blocks and marked in memory, so that a mark costs less than a
     microsecond, and a commit is needed once a block. As a context manager it closes on a normal
-    exit; what a crash, a fork or an exception leaves of a block stays spent. Blocks shrink to single uses as the budget runs out. Safe to share
-    between threads.
+    exit; what a crash, a fork or an exception leaves of a block stays spent. Blocks shrink to
+    single uses as the budget runs out. Safe to share between threads.
 
     Attributes:
         event: One use.

@@ -62,7 +62,11 @@ class Verification:
     @property
     def clean(self) -> bool:
         """Whether nothing contradicts anything."""
-        return not self.strays and not self.anchors and not any(checked.problems for checked in self.budgets)
+        return (
+            not self.strays
+            and not self.anchors
+            and not any(checked.problems for checked in self.budgets)
+        )
 
 
 @dataclass(slots=True)
@@ -97,8 +101,8 @@ class _Links:
             if link not in self._expected:
                 for budget, seq, _ in others:
                     yield budget, f"entry {seq}: its operation's first entry is missing"
-        for digest, (budget, seq, kind, chains) in self._expected.items():
-            others = self._found.get(digest, [])
+        for first, (budget, seq, kind, chains) in self._expected.items():
+            others = self._found.get(first, [])
             names = {name for name, _, _ in others}
             if len(others) != chains - 1 or len({budget, *names}) != chains:
                 yield budget, f"entry {seq}: {len(others) + 1} of {chains} chains have it"
@@ -108,9 +112,8 @@ class _Links:
 
 def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verification:
     """Replay the whole ledger, and compare it with checkpoints that were kept elsewhere."""
-    links, checked = _Links(), []
-    for name in snapshot.budgets():
-        checked.append(_verify_budget(snapshot, name, links))
+    links = _Links()
+    checked = [_verify_budget(snapshot, name, links) for name in snapshot.budgets()]
     amiss: dict[str, list[str]] = {}
     for budget, problem in links.problems():
         amiss.setdefault(budget, []).append(problem)
@@ -200,8 +203,7 @@ def _problems(
             replayed.totals = tuple(map(add, replayed.totals, charged))
             if kind in HOLDS:
                 lease = kind is Kind.LEASE
-                hold = Hold(seq, entry.event, entry.uses, "", charged, lease=lease)
-                reserved[seq] = hold
+                reserved[seq] = Hold(seq, entry.event, entry.uses, "", charged, lease=lease)
             elif seq in keyed:
                 replayed.spends[seq] = head
             if not limits.admits(replayed.totals):

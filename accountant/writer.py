@@ -10,10 +10,11 @@ begun it. If it has, the request is carried out: it is spent, and nobody release
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -26,8 +27,11 @@ from accountant.errors import (
 from accountant.ledger import Outcome, decide
 from accountant.requests import Receipt, Request
 from accountant.stores import Store
+from accountant.stores.transaction import Transaction
+from accountant.telemetry import Watch
 from dp import DPError
 
+_LOG = logging.getLogger(__name__)
 MAX_BATCH = 512
 PATIENCE_SECONDS = 120.0
 """How long a caller waits for its turn."""
@@ -42,6 +46,7 @@ class Writer:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._closed = False
+        self._watch = Watch()
         self._batch: list[_Job] = []
         self._left_over: list[_Job] = []
         self._thread = threading.Thread(target=self._run, name="epsledger-writer", daemon=True)
@@ -122,6 +127,7 @@ class Writer:
         """Carry out one batch from the job in hand; return False if the queue ended in it."""
         batch = self._batch
         outcomes: list[Outcome | AccountantError | DPError] = []
+        started = time.monotonic()
         going = self._drain(batch, lambda _: True)
         try:
             names = frozenset().union(*(request.names for request, _ in batch))
@@ -137,12 +143,21 @@ class Writer:
             for _, done in batch:
                 done.set_exception(error)
             return going
+        self._seen(tx, outcomes, time.monotonic() - started)
         for (_, done), outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, BudgetExceeded):
                 done.set_exception(outcome)
             else:
                 done.set_result(outcome)
         return going
+
+    def _seen(self, tx: Transaction, outcomes: Sequence[object], seconds: float) -> None:
+        """Tell who watches; whatever goes wrong there, the callers get their answers."""
+        refused = [each.budget for each in outcomes if isinstance(each, BudgetExceeded)]
+        try:
+            self._watch.committed(tx.books(), refused, seconds)
+        except Exception:  # noqa: BLE001 - an application's meter may raise anything
+            _LOG.exception("telemetry failed")
 
     def _drain(self, batch: list[_Job], covers: Callable[[frozenset[str]], bool]) -> bool:
         """Add what waits to the batch; return False if the queue ended in it."""

@@ -55,7 +55,7 @@ def open_store(location: str | Path) -> Store:
         from accountant.stores.memory import MemoryStore
 
         return MemoryStore()
-    url = _url(location)
+    url = ledger_url(location)
     if url.get_backend_name() == "postgresql":
         from accountant.stores.postgres import PostgresStore
 
@@ -65,7 +65,8 @@ def open_store(location: str | Path) -> Store:
     return SqliteStore(url)
 
 
-def _url(location: str | Path) -> URL:
+def ledger_url(location: str | Path) -> URL:
+    """Return the URL of a path or URL, or raise LedgerUnavailable if no ledger can be there."""
     if isinstance(location, str) and "://" in location:
         try:
             url = make_url(location)

@@ -148,7 +148,7 @@ class MemoryStore:
         row: BudgetRow = self._rows[BudgetRow][budget]
         return row
 
-    def entries(self, budget: str) -> Iterator[tuple[int, bytes, bytes]]:
+    def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
         """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
         yield from sorted(row[1:] for row in self._of(EntryRow, budget))
 

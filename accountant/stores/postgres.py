@@ -71,6 +71,11 @@ class PostgresStore(SqlStore):
         """Say whether the transaction in hand holds the lock of these budgets."""
         return names <= self._held
 
+    def warnings(self) -> list[str]:
+        """Return what could lose acknowledged charges here: standbys that may be behind."""
+        with self.engine.connect() as connection:
+            return probe(connection)
+
     def _prepare(self) -> str:
         with self.engine.begin() as connection:
             for warning in probe(connection):

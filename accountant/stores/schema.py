@@ -114,15 +114,19 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     (
         "epsledger_budget",
         "UPDATE",
-        "NEW.name <> OLD.name OR NEW.record <> OLD.record OR NEW.seq < OLD.seq"
-        " OR (OLD.closed AND NOT NEW.closed)",
+        (
+            "NEW.name <> OLD.name OR NEW.record <> OLD.record OR NEW.seq < OLD.seq"
+            " OR (OLD.closed AND NOT NEW.closed)"
+        ),
     ),
     ("epsledger_budget", "DELETE", ""),
     (
         "epsledger_reservation",
         "UPDATE",
-        "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged OR NEW.marked < OLD.marked"
-        " OR NEW.lease <> OLD.lease OR (NEW.open AND NOT OLD.open)",
+        (
+            "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged OR NEW.marked < OLD.marked"
+            " OR NEW.lease <> OLD.lease OR (NEW.open AND NOT OLD.open)"
+        ),
     ),
     ("epsledger_reservation", "DELETE", ""),
     ("epsledger_key", "UPDATE", "OLD.answer IS NOT NULL OR NEW.payload <> OLD.payload"),

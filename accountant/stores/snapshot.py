@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, select
 
@@ -14,13 +14,55 @@ from accountant.stores.statements import SPEND_KINDS, Statements
 from accountant.stores.transaction import Remembered
 
 
-class Snapshot:
-    """One consistent state of the ledger, to read.
+class Snapshot(Protocol):
+    """One consistent state of a ledger, to read; what is stored, not what it ought to be.
 
     Attributes:
         ledger: Identity of the ledger.
         remembered: What this process, or an earlier one on this machine, saw of it.
     """
+
+    ledger: str
+    remembered: Remembered
+
+    def budgets(self) -> list[str]:
+        """Return the names of all budgets, sorted."""
+
+    def row(self, budget: str) -> BudgetRow:
+        """Return the stored row of a budget.
+
+        Raises:
+            UnknownBudget: If there is none.
+            LedgerCorrupt: If it went back since it was last seen.
+        """
+
+    def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
+        """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
+
+    def events(self, budget: str) -> list[Any]:
+        """Return the stored events of a budget: rows of digest, encoded, price."""
+
+    def reservations(self, budget: str) -> list[Any]:
+        """Return the stored reservations of a budget."""
+
+    def keys(self, budget: str) -> list[Any]:
+        """Return the stored idempotency keys of a budget."""
+
+    def spent(self, budget: str) -> list[Spent]:
+        """Return what the entries of a budget charged at once, added up by the database."""
+
+    def read_digest(self, budget: str, seq: int) -> bytes | None:
+        """Return the digest of an entry, or None."""
+
+    def checkpoints(self) -> list[CheckpointRow]:
+        """Return the signed checkpoints that were made, in order."""
+
+    def strays(self) -> list[str]:
+        """Return the names under which rows are stored that no budget has."""
+
+
+class SqlSnapshot:
+    """A read transaction of a SQL database."""
 
     def __init__(
         self, ledger: str, connection: Connection, statements: Statements, remembered: Remembered
@@ -46,7 +88,7 @@ class Snapshot:
         self.remembered.check_not_back(row, self)
         return row
 
-    def entries(self, budget: str) -> Iterator[tuple[int, bytes, bytes]]:
+    def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
         """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
         query = (
             select(ENTRY.c.seq, ENTRY.c.body, ENTRY.c.digest)
@@ -55,7 +97,7 @@ class Snapshot:
         )
         rows = self._connection.execution_options(yield_per=2000).execute(query)
         for part in rows.partitions():
-            yield from part  # type: ignore[misc]
+            yield from part
 
     def events(self, budget: str) -> list[Any]:
         """Return the stored events of a budget: rows of digest, encoded, price."""

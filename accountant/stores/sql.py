@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,9 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, OutcomeUnknown
 from accountant.marks import HighWaterMarks
 from accountant.stores.rows import BudgetRow, EventRow, KeyRow, ReservationRow, Spent
-from accountant.stores.snapshot import Snapshot
+from accountant.stores.snapshot import SqlSnapshot
 from accountant.stores.statements import SPEND_KINDS, Statements, bound
 from accountant.stores.transaction import Remembered, Transaction
+
+_Row = TypeVar("_Row", EventRow, ReservationRow, KeyRow)
 
 
 class SqlStore(ABC):
@@ -80,11 +82,11 @@ class SqlStore(ABC):
             self.marks.raise_to(heads)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
+    def snapshot(self) -> Iterator[SqlSnapshot]:
         """Read one consistent state; writers are not held up."""
         self.check_process()
         with self.translated(), self._reading() as connection:
-            yield Snapshot(self.ledger, connection, self.statements, self.remembered)
+            yield SqlSnapshot(self.ledger, connection, self.statements, self.remembered)
 
     @property
     def place(self) -> str:
@@ -128,7 +130,8 @@ class SqlStore(ABC):
         if not names:
             return []
         return [
-            BudgetRow._make(row) for row in self._execute(self.statements.budgets(len(names)), names)
+            BudgetRow._make(row)
+            for row in self._execute(self.statements.budgets(len(names)), names)
         ]
 
     def read_records(self) -> list[bytes]:
@@ -156,7 +159,10 @@ class SqlStore(ABC):
         charged = self._execute(self.statements.spent, (budget, *SPEND_KINDS))
         held = self._execute(self.statements.held, (budget,))
         return [
-            *(Spent(event, int.from_bytes(uses, "little"), times) for event, uses, times in charged),
+            *(
+                Spent(event, int.from_bytes(uses, "little"), times)
+                for event, uses, times in charged
+            ),
             *(Spent(*row) for row in held if row[1]),
         ]
 
@@ -181,10 +187,14 @@ class SqlStore(ABC):
         if self._execute_many(self.statements.updates[type(rows[0])], values) != len(rows):
             raise LedgerCorrupt(f"{self.place}: a row changed under the write lock")
 
-    def _one(self, kind: Any, *key: Any) -> Any:
+    def _one(self, kind: type[_Row], *key: Any) -> _Row | None:
         for row in self._execute(self.statements.by_key[kind], key):
-            return kind._make(row)
+            return kind(*row)
         return None
+
+    def warnings(self) -> list[str]:
+        """Return what could lose acknowledged charges here."""
+        return []
 
     # What a subclass knows.
 

@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -27,6 +27,21 @@ from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
+_NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        "9p",
+        "afs",
+        "ceph",
+        "cifs",
+        "fuse.sshfs",
+        "glusterfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "smbfs",
+    }
+)
 _PATIENCE_SECONDS = 30
 _BUSY_MILLISECONDS = 30_000
 
@@ -80,7 +95,39 @@ class SqliteStore(SqlStore):
         super().close()
         self.let_go_of_the_turn()
 
+    def backup(self, to: Path) -> None:
+        """Copy the ledger as it is now to a new file, through SQLite's backup API.
+
+        Raises:
+            LedgerUnavailable: If the file exists or cannot be written; nothing is left of it then.
+        """
+        if to.exists():
+            raise LedgerUnavailable(f"{to} exists; a backup never overwrites")
+        part = to.with_name(f"{to.name}.part")
+        part.unlink(missing_ok=True)
+        try:
+            with (
+                self.translated(),
+                self.engine.connect() as connection,
+                closing(sqlite3.connect(part)) as copy,
+            ):
+                connection.connection.driver_connection.backup(copy)  # type: ignore[union-attr]
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.rename(to)
+        except OSError as error:
+            raise LedgerUnavailable(f"{to}: no backup was made: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
     def _prepare(self) -> str:
+        kind = file_system(Path(self.place))
+        if kind in _NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
+            raise LedgerUnavailable(
+                f"{self.place} is on a {kind} file system, where SQLite's locks may not hold; use"
+                " a local disk, or PostgreSQL for several hosts (EPSLEDGER_NETWORK_FILES=1 if you"
+                " know that its locks hold)"
+            )
         with self.engine.connect() as connection:
             self._path = str(connection.exec_driver_sql("PRAGMA database_list").one()[2])
             if self._is_ledger(connection):
@@ -201,6 +248,18 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def file_system(path: Path) -> str:
+    """Return the kind of file system that a path is on, or "" where the system does not tell."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+        place = path.resolve()
+    except OSError:
+        return ""
+    fields = [mount.split(" ") for mount in mounts]
+    over = [(len(at), kind) for _, at, kind, *_ in fields if place.is_relative_to(at)]
+    return max(over, default=(0, ""))[1]
 
 
 def _identity(connection: Connection) -> str:

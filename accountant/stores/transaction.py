@@ -143,6 +143,10 @@ class Transaction:
             raise UnknownBudget(budget)
         return book
 
+    def books(self) -> list[Book]:
+        """Return the books that were looked at."""
+        return [book for book, _ in self._books.values()]
+
     def add_book(self, book: Book) -> None:
         """Add a new budget's book."""
         self._books[book.budget.name] = (book, None)

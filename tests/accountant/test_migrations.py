@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from accountant import Accountant, BudgetExceeded, LedgerUnavailable, SchemaMismatch
-from accountant.stores import _url
+from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
 from accountant.stores.schema import SCHEMA_VERSION
 from dp import Gaussian, PoissonSampled, PureDP
@@ -38,8 +38,8 @@ def test_a_golden_ledger_is_worth_the_same_to_the_bit(golden, version):
     if version < SCHEMA_VERSION:
         with pytest.raises(SchemaMismatch, match="epsledger ledger migrate"):
             Accountant.open(location)
-    assert migrate(_url(location)) == tuple(range(version + 1, SCHEMA_VERSION + 1))
-    assert migrate(_url(location)) == ()
+    assert migrate(ledger_url(location)) == tuple(range(version + 1, SCHEMA_VERSION + 1))
+    assert migrate(ledger_url(location)) == ()
     expected = json.loads((GOLDEN / f"ledger-{version}.json").read_text())
     with Accountant.open(location) as accountant:
         assert accountant.verify().clean
@@ -53,7 +53,7 @@ def test_a_golden_ledger_is_worth_the_same_to_the_bit(golden, version):
 
 def test_a_migrated_ledger_goes_on(golden):
     location = golden(1)
-    migrate(_url(location))
+    migrate(ledger_url(location))
     with Accountant.open(location) as accountant:
         assert accountant.statement("news").open_reservations == ((47, 50, 4),)
         adopted = accountant.adopt((("news", 47),), STEP)
@@ -92,7 +92,7 @@ def layout(location):
 
 def test_a_migrated_ledger_has_the_layout_of_a_new_one(golden, tmp_path):
     location, new = golden(1), tmp_path / "new.db"
-    migrate(_url(location))
+    migrate(ledger_url(location))
     Accountant.open(new).close()
     assert layout(location) == layout(new)
 
@@ -106,7 +106,7 @@ def test_an_unknown_version_is_refused_and_left_alone(accountant, location, quer
         Accountant.open(location)
     assert (caught.value.found, caught.value.expected) == (version, SCHEMA_VERSION)
     with pytest.raises(SchemaMismatch):
-        migrate(_url(location))
+        migrate(ledger_url(location))
     assert location.read_bytes() == before
 
 
@@ -126,13 +126,13 @@ def test_a_ledger_in_use_is_not_migrated(golden, monkeypatch):
     with closing(sqlite3.connect(location, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailable, match="not migrated"):
-            migrate(_url(location))
+            migrate(ledger_url(location))
         other.execute("ROLLBACK")
-    assert migrate(_url(location))
+    assert migrate(ledger_url(location))
 
 
 def test_what_is_no_ledger_is_not_migrated(tmp_path):
     with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
         connection.execute("CREATE TABLE mine (x)")
     with pytest.raises(LedgerUnavailable, match="another program"):
-        migrate(_url(tmp_path / "other.db"))
+        migrate(ledger_url(tmp_path / "other.db"))

@@ -159,7 +159,7 @@ def test_what_a_lease_did_not_use_comes_back(books):
     with pytest.raises(ZeroDivisionError), forfeit:
         for _ in range(10):
             forfeit.mark()
-        1 / 0
+        raise ZeroDivisionError
     assert dict(books.statement("tips").spent)[Laplace(100.0)] >= 110
 
 
@@ -382,8 +382,8 @@ def played(location, seed, monkeypatch):
                 state.append(tuple(snapshot.row(name)))
                 state.append([tuple(row) for row in snapshot.entries(name)])
                 state.append(sorted(tuple(row) for row in snapshot.events(name)))
-                for row in sorted(snapshot.reservations(name)):
-                    state.append([v for i, v in enumerate(row) if i != 4])
+                rows = sorted(snapshot.reservations(name))
+                state.append([[*row[:4], *row[5:]] for row in rows])  # the holder is random
                 state.append(sorted(tuple(row) for row in snapshot.keys(name)))
                 state.append(sorted(snapshot.spent(name)))
     return told, state

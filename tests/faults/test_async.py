@@ -145,7 +145,9 @@ def test_threads_that_switch_every_microsecond(location, rounds):
     with Accountant.open(location) as accountant:
         for number in range(rounds):
             accountant.create_budget(f"tips{number}", pure(100.5), unit="article")
-            told = switched(lambda _, *a, n=number, **k: accountant.charge(f"tips{n}", *a, **k), 8, 25)
+            told = switched(
+                lambda _, *a, n=number, **k: accountant.charge(f"tips{n}", *a, **k), 8, 25
+            )
             assert told == 100
             lease = accountant.lease(f"tips{number}", PureDP(1e-3), **ASK)
             fit = accountant.uses_that_fit(f"tips{number}", PureDP(1e-3))

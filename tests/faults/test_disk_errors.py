@@ -33,7 +33,7 @@ class Disk:
         self.fail_at, self.code, self.sticky = fail_at, code, sticky
         self.count, self.on = 0, False
 
-    def watch(self, call: str, file: str, offset: int, data: bytes) -> None:
+    def watch(self, call: str, *_: object) -> None:
         if not self.on or call not in CALLS:
             return
         self.count += 1
@@ -95,14 +95,15 @@ def failing(tmp_path, template, number, store=ApswStore, **fault) -> tuple[int, 
         assert accountant.verify().clean
         with accountant._store.snapshot() as snapshot:
             stored = {seq: digest.hex() for seq, _, digest in snapshot.entries("tips")}
-        ones = sum(times for event, times in accountant.statement("tips").spent if event == PureDP(1.0))
+        ones = sum(
+            times for event, times in accountant.statement("tips").spent if event == PureDP(1.0)
+        )
         accountant.charge("tips", PureDP(1.0), **ASK)
     lost = sum(
         stored.get(receipt.seq) != receipt.digest for what, receipt in told if what == "receipt"
     )
     charged = sum(
-        what == "receipt" and receipt.uses == 1 and receipt.seq in stored
-        for what, receipt in told
+        what == "receipt" and receipt.uses == 1 and receipt.seq in stored for what, receipt in told
     )
     if store is ApswStore:
         unknown = sum(what == "unknown" for what, _ in told)

@@ -77,9 +77,7 @@ def kill_round(
         with accountant._store.snapshot() as snapshot:
             rows = list(snapshot.entries("tips"))
             charges = {
-                name: sum(
-                    unpack(body).kind is Kind.CHARGE for _, body, _ in snapshot.entries(name)
-                )
+                name: sum(unpack(body).kind is Kind.CHARGE for _, body, _ in snapshot.entries(name))
                 for name in QUOTAS
             }
         if remaining:
@@ -186,9 +184,7 @@ def test_the_control_loses_what_it_acknowledged(workers, lines_of, wait, tmp_pat
     assert any(lost)
 
 
-def test_the_control_leaves_a_budget_charged_without_its_quotas(
-    workers, lines_of, wait, tmp_path
-):
+def test_the_control_leaves_a_budget_charged_without_its_quotas(workers, lines_of, wait, tmp_path):
     for seed in range(20):
         outcome = kill_round(
             workers, lines_of, wait, tmp_path / f"{seed}", "broken_quotas", seed, fitting=10**5

@@ -19,7 +19,7 @@ import pytest
 
 from accountant import Accountant
 from accountant.entries import Kind, unpack
-from accountant.stores import _url
+from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
 from dp import PureDP, pure
 
@@ -78,7 +78,9 @@ def operated(workers, lines_of, wait, folder, location, operation: str, step: in
     """Carry the operation out in a process that dies at a step (0: none); return what it said."""
     folder = folder / f"run-{next(numbers)}"
     folder.mkdir()
-    worker, out = workers.send(folder, f"step-{operation}", location=str(location), step=step, **more)
+    worker, out = workers.send(
+        folder, f"step-{operation}", location=str(location), step=step, **more
+    )
     workers.gone(worker)
     lines = lines_of(out)
     shutil.rmtree(folder)
@@ -87,7 +89,7 @@ def operated(workers, lines_of, wait, folder, location, operation: str, step: in
 
 def every_step(workers, lines_of, wait, folder, place, operation: str, times: int, **more) -> int:
     location, holds = prepared(place, operation)
-    kinds, totals, notes = state(location)
+    kinds, _, notes = state(location)
     lines = operated(workers, lines_of, wait, folder, location, operation, 0, holds=holds, **more)
     steps = sum(line.startswith("step") for line in lines)
     assert any(line.startswith("done") for line in lines), lines
@@ -180,7 +182,7 @@ def migrations(workers, lines_of, wait, folder, times: int) -> int:
         location = old(f"{number}.db")
         lines = operated(workers, lines_of, wait, folder, location, "migrate", step)
         assert sum(line.startswith("step") for line in lines) == step
-        migrate(_url(location))
+        migrate(ledger_url(location))
         assert state(location) == expected
         location.unlink()
     return steps

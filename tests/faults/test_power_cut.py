@@ -10,7 +10,6 @@ Control: the same with ``synchronous=NORMAL`` loses acknowledged charges.
 
 from __future__ import annotations
 
-import os
 import random
 import sqlite3
 from contextlib import closing
@@ -53,7 +52,9 @@ def recorded(folder: Path, *pragmas: str) -> Record:
     vfs = Watched(f"recorded-{folder.name}", record.watch)
     with accountant_on(location, vfs.named, "wal_autocheckpoint=25", *pragmas) as accountant:
         for turn in range(60):
-            record.tell(accountant.charge("tips", PureDP(1.0), note="x" * (turn * 7 % 190) or "-", **ASK))
+            record.tell(
+                accountant.charge("tips", PureDP(1.0), note="x" * (turn * 7 % 190) or "-", **ASK)
+            )
             if turn % 5 == 0:
                 reservation = accountant.reserve("tips", PureDP(0.5), uses=3, **ASK)
                 record.tell(reservation.receipt)

@@ -17,7 +17,9 @@ from accountant import Accountant
 from dp import PureDP, pure
 
 FITTING = 50
-CREATE_SPEND = "CREATE TABLE spend (id INTEGER PRIMARY KEY, epsilon FLOAT NOT NULL, race INTEGER NOT NULL)"
+CREATE_SPEND = (
+    "CREATE TABLE spend (id INTEGER PRIMARY KEY, epsilon FLOAT NOT NULL, race INTEGER NOT NULL)"
+)
 
 
 def race(workers, lines_of, wait, folder: Path, mode: str, *, processes: int, threads: int):

@@ -61,7 +61,9 @@ def storm(location, asks: int, touch) -> tuple[int, int]:
 def test_a_storm_is_refused_counted_and_leaves_a_short_log(location, asks):
     touched = []
     refused, served = storm(location, asks, lambda: touched.append(1))
-    print(f"storm: {refused} of {asks} refused and counted, {len(touched)} touched data, {served} served")
+    print(
+        f"storm: {refused} of {asks} refused and counted, {len(touched)} touched data, {served} served"
+    )
     assert refused == asks
     assert not touched
     assert served > 10

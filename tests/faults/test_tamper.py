@@ -82,14 +82,22 @@ def flips(ledger, count: int, seed: int):
         closing(sqlite3.connect(ledger, isolation_level=None)) as raw,
     ):
         raw.execute("PRAGMA synchronous=OFF")
-        for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        for (name,) in raw.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall():
             raw.execute(f"DROP TRIGGER {name}")
         assert accountant.verify(key=SIGNER.verifier_key).clean
         cells = []
         for table, columns in PROTECTED.items():
             for row in raw.execute(f"SELECT rowid, * FROM epsledger_{table}").fetchall():
-                names = ["rowid", *(c[1] for c in raw.execute(f"PRAGMA table_info(epsledger_{table})"))]
-                cells += [(table, column, row[0], dict(zip(names, row, strict=True))) for column in columns]
+                names = [
+                    "rowid",
+                    *(c[1] for c in raw.execute(f"PRAGMA table_info(epsledger_{table})")),
+                ]
+                cells += [
+                    (table, column, row[0], dict(zip(names, row, strict=True)))
+                    for column in columns
+                ]
         for _ in range(count):
             table, column, rowid, row = choose.choice(cells)
             update = f"UPDATE OR REPLACE epsledger_{table} SET {column} = ? WHERE rowid = ?"
@@ -116,7 +124,9 @@ def flips(ledger, count: int, seed: int):
                 clean = False
             raw.execute("BEGIN")
             raw.execute(f"DELETE FROM epsledger_{table}")
-            names = ", ".join(["rowid", *(c[1] for c in raw.execute(f"PRAGMA table_info(epsledger_{table})"))])
+            names = ", ".join(
+                ["rowid", *(c[1] for c in raw.execute(f"PRAGMA table_info(epsledger_{table})"))]
+            )
             marks = ", ".join("?" * len(backup[0]))
             raw.executemany(f"INSERT INTO epsledger_{table} ({names}) VALUES ({marks})", backup)
             raw.execute("COMMIT")
@@ -125,7 +135,9 @@ def flips(ledger, count: int, seed: int):
                 missed.append((table, column, row["rowid"]))
             if table == "entry":
                 entries += 1
-                problems = [p for c in verification.budgets if c.budget == row["budget"] for p in c.problems]
+                problems = [
+                    p for c in verification.budgets if c.budget == row["budget"] for p in c.problems
+                ]
                 numbers = [int(n) for p in problems for n in re.findall(r"^entry (\d+)", p)]
                 followed = f"follows entry {row['seq'] - 1}" in str(problems[:1])
                 named += followed or (bool(numbers) and min(numbers) <= row["seq"] + 1)
@@ -137,7 +149,9 @@ def flips(ledger, count: int, seed: int):
 def test_every_flipped_bit_is_found(ledger, count, monkeypatch):
     monkeypatch.setenv("EPSLEDGER_STATE", "")
     found, named, entries, missed = flips(ledger, count, seed=count)
-    print(f"{found} of {count} flipped bits found, {named} of {entries} flipped entries named first")
+    print(
+        f"{found} of {count} flipped bits found, {named} of {entries} flipped entries named first"
+    )
     assert not missed
     assert found == count
     assert named == entries
@@ -157,7 +171,7 @@ class AnyDigest(bytes):
 
 def test_the_control_without_the_chain_misses_flips(ledger, monkeypatch):
     monkeypatch.setenv("EPSLEDGER_STATE", "")
-    monkeypatch.setattr(verify_module, "chain", lambda previous, body: AnyDigest(32))
+    monkeypatch.setattr(verify_module, "chain", lambda *_: AnyDigest(32))
     found, _, _, missed = flips(ledger, 300, seed=4)
     print(f"control, no chain: {found} of 300 flipped bits found")
     assert {table for table, _, _ in missed} == {"entry"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import apsw
 
 from accountant import Accountant
-from accountant.stores import _url
+from accountant.stores import ledger_url
 from accountant.stores.sqlite import SqliteStore
 
 
@@ -78,7 +78,7 @@ class ApswStore(SqliteStore):
     def __init__(self, location: Path, vfs: str, *pragmas: str) -> None:
         self.vfs = vfs
         self.pragmas = ("busy_timeout=1000", "journal_mode=WAL", "synchronous=FULL", *pragmas)
-        super().__init__(_url(location))
+        super().__init__(ledger_url(location))
         self.engine.dispose()
 
     def _connect(self) -> Connection:

@@ -36,7 +36,7 @@ from sqlmodel import Field, Session, SQLModel, create_engine, func, select
 
 from accountant import Accountant, BudgetExceeded
 from accountant.notes import Signer
-from accountant.stores import _url
+from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
 from accountant.stores.sqlite import SqliteStore
 from dp import PureDP, pure
@@ -66,7 +66,7 @@ class LazyStore(SqliteStore):
 
 
 def lazy(location: str) -> Accountant:
-    store = LazyStore(_url(location))
+    store = LazyStore(ledger_url(location))
     store.marks = None  # they would give it away when it is opened again
     return Accountant(store)
 
@@ -301,7 +301,7 @@ def operate(task: dict) -> None:
 
         event.listen(Engine, "before_cursor_execute", lambda *args: steps(f"before {args[2][:40]}"))
         event.listen(Engine, "commit", lambda _: steps("before commit"))
-        migrate(_url(task["location"]), steps)
+        migrate(ledger_url(task["location"]), steps)
         steps("after")
         os.write(out, b"done\n")
         return
@@ -309,7 +309,8 @@ def operate(task: dict) -> None:
     store = accountant._store
     holds = [tuple(hold) for hold in task["holds"]]
     ask = {"unit": "article", "activity": "survey"}
-    held = accountant.adopt(holds, ONE) if what in ("mark", "settle", "void") else None
+    if what in ("mark", "settle", "void"):
+        held = accountant.adopt(holds, ONE)
     steps.around(store, "_begin", "_execute", "_execute_many", "_commit")
     if store.marks is not None:
         steps.around(store.marks, "raise_to")
@@ -320,8 +321,8 @@ def operate(task: dict) -> None:
         "key": lambda: accountant.charge("tips", ONE, key="k", **ask),
         "reserve": lambda: accountant.reserve("tips", ONE, uses=3, **ask),
         "mark": lambda: held.mark(2),
-        "settle": lambda: held.settle(),
-        "void": lambda: held.void(),
+        "settle": lambda: held.settle(),  # noqa: PLW0108 - there may be none
+        "void": lambda: held.void(),  # noqa: PLW0108
         "adopt": lambda: accountant.adopt(holds, ONE),
         "close": lambda: accountant.close_budget("tips"),
         "correct": lambda: accountant.correct("tips", ONE, **ask),
