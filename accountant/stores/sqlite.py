@@ -107,7 +107,6 @@ class SqliteStore(SqlStore):
         part.unlink(missing_ok=True)
         try:
             with (
-                self.translated(),
                 self.engine.connect() as connection,
                 closing(sqlite3.connect(part)) as copy,
             ):
@@ -115,7 +114,7 @@ class SqliteStore(SqlStore):
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.rename(to)
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             raise LedgerUnavailable(f"{to}: no backup was made: {error}") from error
         finally:
             part.unlink(missing_ok=True)
