@@ -114,25 +114,33 @@ class Transaction:
         self._kept: dict[tuple[str, bytes], tuple[Event, bytes, Price]] = {}
         self._notes: list[str] = []
         self._loaded: set[str] = set()
+        self._broken: dict[str, Exception] = {}
         self._load(sorted(names - {WHOLE_LEDGER}))
 
     def _load(self, names: Sequence[str]) -> None:
         self._loaded.update(names)
         for row in self._tables.read_budgets(names):
-            remembered = self._remembered
-            remembered.check_not_back(row, self._tables)
-            known = remembered.budgets.get(row.name)
-            if known is None or known[0] != row.record:
-                known = remembered.budgets[row.name] = (row.record, Budget.from_json(row.record))
-            totals, pending = unpack_lanes(row.totals), json.loads(row.pending)
-            book = Book(known[1], row.seq, row.head, row.time, totals, pending)
-            book.closed = bool(row.closed)
-            self._books[row.name] = (book, row)
+            try:
+                self._remembered.check_not_back(row, self._tables)
+                self._books[row.name] = (self._book(row), row)
+            except (LedgerCorrupt, ValueError) as error:  # of this budget alone
+                self._broken[row.name] = error
+
+    def _book(self, row: BudgetRow) -> Book:
+        known = self._remembered.budgets.get(row.name)
+        if known is None or known[0] != row.record:
+            known = self._remembered.budgets[row.name] = (row.record, Budget.from_json(row.record))
+        totals, pending = unpack_lanes(row.totals), json.loads(row.pending)
+        book = Book(known[1], row.seq, row.head, row.time, totals, pending)
+        book.closed = bool(row.closed)
+        return book
 
     def find_book(self, budget: str) -> Book | None:
         """Return the book of a budget, or None."""
         if budget not in self._loaded:  # a request that joined once the lock was had
             self._load([budget])
+        if budget in self._broken:
+            raise LedgerCorrupt(str(self._broken[budget])) from self._broken[budget]
         found = self._books.get(budget)
         return None if found is None else found[0]
 
