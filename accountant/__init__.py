@@ -1,11 +1,15 @@
 """Budgets, the ledger and its stores: who may spend what, and the record of it."""
 
 from accountant.accountant import Accountant
-from accountant.budgets import Budget
+from accountant.budgets import Budget, fingerprint
 from accountant.errors import (
     AccountantError,
+    AnchorInvalid,
+    AnchorUnavailable,
+    BudgetClosed,
     BudgetExceeded,
     BudgetExists,
+    DatasetCovered,
     InvalidRequest,
     KeyReused,
     LedgerCorrupt,
@@ -18,19 +22,24 @@ from accountant.errors import (
     UnitMismatch,
     UnknownBudget,
 )
-from accountant.ledger import Receipt
-from accountant.reservations import Reservation
+from accountant.requests import Receipt
+from accountant.reservations import Lease, Reservation
 from accountant.statements import Statement
 from accountant.verify import Verification
 
 __all__ = [
     "Accountant",
     "AccountantError",
+    "AnchorInvalid",
+    "AnchorUnavailable",
     "Budget",
+    "BudgetClosed",
     "BudgetExceeded",
     "BudgetExists",
+    "DatasetCovered",
     "InvalidRequest",
     "KeyReused",
+    "Lease",
     "LedgerCorrupt",
     "LedgerError",
     "LedgerUnavailable",
@@ -44,4 +53,5 @@ __all__ = [
     "UnitMismatch",
     "UnknownBudget",
     "Verification",
+    "fingerprint",
 ]

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from accountant.anchors import Checkpoint, Head, history, publish, sign, since
 from accountant.budgets import Budget
-from accountant.ledger import Answer, Charge, Open, Receipt, Reserve
-from accountant.reservations import Reservation
+from accountant.errors import (
+    AccountantError,
+    AnchorInvalid,
+    InvalidRequest,
+    LedgerUnavailable,
+    ReleaseUnknown,
+)
+from accountant.ledger import Outcome
+from accountant.notes import Signer, VerifierKey
+from accountant.requests import (
+    Adopt,
+    Anchor,
+    Answer,
+    Borrow,
+    Charge,
+    Close,
+    Correct,
+    Holds,
+    Open,
+    Receipt,
+    Request,
+    Reserve,
+    Void,
+)
+from accountant.reservations import Lease, Reservation, holds_of
 from accountant.statements import Statement, read_statement
-from accountant.stores.schema import unpack_lanes
-from accountant.stores.sql import SqlStore
+from accountant.stores import Store, open_store
+from accountant.stores.rows import unpack_lanes
+from accountant.stores.sqlite import SqliteStore
 from accountant.verify import Verification, verify
-from accountant.writer import Writer
+from accountant.writer import Writer, answer
 from dp import (
+    DPError,
     Event,
     Filter,
     Gaussian,
@@ -30,6 +61,13 @@ from dp import (
 )
 
 _ADD_REMOVE = NeighboringRelation.ADD_REMOVE
+_WAIT_SECONDS = 5.0
+"""How long a request with a key waits for the answer of an earlier one with that key."""
+_BLOCK = 4096
+"""Most uses that a lease puts aside at once."""
+Budgets = str | Sequence[str]
+"""One budget, or several that are charged together, all or none: the dataset's, its quotas, and
+the budgets of other datasets that the same operation touches."""
 
 
 class Accountant:
@@ -52,26 +90,36 @@ class Accountant:
     >>> accountant.close(); folder.cleanup()
     """
 
-    def __init__(self, store: SqlStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._writer = Writer(store)
 
     @classmethod
     def open(cls, location: str | Path) -> Self:
-        """Open the ledger in an SQLite file; a missing file becomes an empty ledger.
+        """Open a ledger; a missing file, or an empty database, becomes an empty ledger.
 
         Args:
-            location: A path or an ``sqlite:///`` URL.
+            location: A path, or a URL: ``sqlite:///``, ``postgresql+psycopg://`` or, for a ledger
+                that ends with its process, ``memory:``.
 
         Raises:
             LedgerUnavailable: If it cannot be opened, or is some other program's database.
             LedgerCorrupt: If it is not a database.
             SchemaMismatch: If another schema version wrote it.
         """
-        return cls(SqlStore(location))
+        return cls(open_store(location))
 
     def create_budget(
-        self, name: str, filter: Filter, *, unit: str, units: int | None = None
+        self,
+        name: str,
+        filter: Filter,
+        *,
+        unit: str,
+        units: int | None = None,
+        dataset: str | None = None,
+        lineage: Sequence[str] = (),
+        supersedes: str | None = None,
+        imported: Iterable[tuple[Event, int]] = (),
     ) -> Budget:
         """Create a budget. It never changes.
 
@@ -80,18 +128,55 @@ class Accountant:
             filter: Its limits, from :func:`dp.pure`, :func:`dp.adaptive` or :func:`dp.planned`.
             unit: The privacy unit, for instance ``article``.
             units: Number of privacy units where it is public; delta must be below 1/units.
+            dataset: Fingerprint of the dataset, for instance from :func:`accountant.fingerprint`.
+            lineage: Fingerprints of datasets that it was made from, or shares units with.
+            supersedes: The budget that this one replaces: it is closed, and all that was spent
+                there is charged here first. The guarantee of the new one holds if the change
+                was decided without looking at what had been released; the old one's holds anyway.
+            imported: What was spent before there was a ledger: events with their uses.
 
         Raises:
             BudgetExists: If the name is taken.
-            InvalidRequest: If name or unit cannot be recorded.
+            DatasetCovered: If another budget is about the same dataset.
+            BudgetExceeded: If what is carried over or imported does not fit; nothing is created.
+            InvalidRequest: If something cannot be recorded, or the superseded budget has open
+                reservations.
         """
-        budget = Budget(name, unit, filter, units)
+        budget = Budget(name, unit, filter, units, dataset, tuple(lineage), supersedes)
+        self._writer.submit(Open(budget, tuple(imported)))
+        return budget
+
+    def create_quota(self, name: str, filter: Filter, *, of: str) -> Budget:
+        """Create a quota: a share of a budget for a team, a tenant or an application.
+
+        It is charged together with the budget, ``charge((budget, quota), ...)``. It is a limit
+        for management and no guarantee: two teams' answers together reveal what both spent.
+
+        Args:
+            name: Of the quota.
+            filter: Its limits.
+            of: Name of the dataset's budget.
+
+        Raises:
+            AccountantError: As for :meth:`create_budget`.
+        """
+        owner = self.budget(of)
+        budget = Budget(name, owner.unit, filter, quota_of=of)
         self._writer.submit(Open(budget))
         return budget
 
+    def close_budget(self, name: str, *, note: str = "") -> Receipt:
+        """Admit nothing under a budget any more, open reservations included. It stays closed.
+
+        Raises:
+            BudgetClosed: If it is closed.
+            UnknownBudget: If there is none of that name.
+        """
+        return self._writer.submit(Close(name, note))
+
     def charge(
         self,
-        budget: str,
+        budget: Budgets,
         event: Event,
         *,
         unit: str,
@@ -105,7 +190,7 @@ class Accountant:
         """Spend at once; return when it is durable. Only then touch private data.
 
         Args:
-            budget: Name of the budget.
+            budget: Name of the budget, or of several that are charged together, all or none.
             event: One use of what will run.
             unit: The privacy unit that the event's sensitivity is about.
             activity: What it is for, for instance ``retrieval/vote``.
@@ -113,30 +198,84 @@ class Accountant:
             relation: The neighboring relation that the sensitivity is about.
             note: Free text for the ledger; it is public to whoever reads the ledger.
             key: Idempotency key. The same key with the same request returns the stored answer
-                in ``Receipt.answer``, and then nothing may be drawn again.
+                in ``Receipt.answer``, and then nothing may be drawn again. While another request
+                with the key is at work, its answer is waited for.
             payload: Everything the answer depends on besides the event, if ``key`` is given.
 
         Raises:
             BudgetExceeded: If it does not fit; the refusal is in the ledger.
+            BudgetClosed: If the budget was closed.
             UnknownBudget: If there is no such budget.
             UnitMismatch: If unit or relation are not the budget's.
             KeyReused: If the key belongs to another request.
-            ReleaseUnknown: If the key was charged but its answer was never stored.
+            ReleaseUnknown: If the key was charged but its answer was not stored in time.
             UnsupportedEvent: If the event has no proved price.
             LedgerUnavailable: If nothing could be written; nothing was charged.
             OutcomeUnknown: If the commit failed; count it as spent.
         """
-        return self._writer.submit(
-            Charge(budget, event, uses, unit, relation, activity, note, key, payload)
-        )
+        ask = Charge(_names(budget), event, uses, unit, relation, activity, note, key, payload)
+        patience = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                return self._writer.submit(ask)
+            except ReleaseUnknown:
+                if time.monotonic() > patience:
+                    raise
+                time.sleep(0.02)
+
+    async def acharge(
+        self,
+        budget: Budgets,
+        event: Event,
+        *,
+        unit: str,
+        activity: str,
+        uses: int = 1,
+        relation: NeighboringRelation = _ADD_REMOVE,
+        note: str = "",
+        key: str | None = None,
+        payload: bytes = b"",
+    ) -> Receipt:
+        """Spend at once, as :meth:`charge` does, without blocking the event loop.
+
+        A task that is cancelled before its turn spends nothing; afterwards its charge stays.
+        """
+        ask = Charge(_names(budget), event, uses, unit, relation, activity, note, key, payload)
+        patience = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                return await self._asubmit(ask)
+            except ReleaseUnknown:
+                if time.monotonic() > patience:
+                    raise
+                await asyncio.sleep(0.02)
 
     def keep_answer(self, budget: str, key: str, answer: bytes) -> None:
         """Store the released answer of a charge with a key, for a retry to get back."""
         self._writer.submit(Answer(budget, key, answer))
 
+    def correct(
+        self,
+        budget: Budgets,
+        event: Event,
+        *,
+        unit: str,
+        activity: str,
+        uses: int = 1,
+        relation: NeighboringRelation = _ADD_REMOVE,
+        note: str = "",
+    ) -> Receipt:
+        """Record a spend that was missed. It is recorded even where it does not fit.
+
+        ``verify`` then says that the guarantee does not hold. Nothing lowers a spend.
+        """
+        return self._writer.submit(
+            Correct(_names(budget), event, uses, unit, relation, activity, note)
+        )
+
     def reserve(
         self,
-        budget: str,
+        budget: Budgets,
         event: Event,
         *,
         uses: int,
@@ -154,10 +293,108 @@ class Accountant:
             AccountantError: As for :meth:`charge`.
         """
         holder = secrets.token_hex(16)
-        receipt = self._writer.submit(
-            Reserve(budget, event, uses, unit, relation, activity, note, holder)
+        ask = Reserve(_names(budget), event, uses, unit, relation, activity, note, holder)
+        return self._reservation(self._writer.submit(ask), ask)
+
+    async def areserve(
+        self,
+        budget: Budgets,
+        event: Event,
+        *,
+        uses: int,
+        unit: str,
+        activity: str,
+        relation: NeighboringRelation = _ADD_REMOVE,
+        note: str = "",
+    ) -> Reservation:
+        """Put uses aside, as :meth:`reserve` does, without blocking the event loop.
+
+        If the task is cancelled, the reservation is voided: nobody could use it.
+        """
+        holder = secrets.token_hex(16)
+        ask = Reserve(_names(budget), event, uses, unit, relation, activity, note, holder)
+
+        def void(outcome: Future[Outcome]) -> None:
+            with suppress(AccountantError, DPError):
+                self._writer.enqueue(Void(holds_of(answer(outcome.result())), holder))
+
+        return self._reservation(await self._asubmit(ask, on_cancel=void), ask)
+
+    def lease(
+        self,
+        budget: Budgets,
+        event: Event,
+        *,
+        unit: str,
+        activity: str,
+        relation: NeighboringRelation = _ADD_REMOVE,
+        note: str = "",
+        block: int = _BLOCK,
+    ) -> Lease:
+        """Return uses that are reserved in blocks and marked in memory, for a high rate.
+
+        Args:
+            budget: As for :meth:`charge`.
+            event: One use.
+            unit: The privacy unit that the event's sensitivity is about.
+            activity: What it is for.
+            relation: The neighboring relation that the sensitivity is about.
+            note: Free text for the ledger.
+            block: Most uses of a block: what a crash forfeits at worst.
+        """
+        return Lease(
+            self._writer, Borrow(_names(budget), event, block, unit, relation, activity, note)
         )
-        return Reservation(self._writer, receipt, event, uses, holder)
+
+    def adopt(self, holds: Holds, event: Event) -> Reservation:
+        """Take over an open reservation from a process that died, to go on from its marks.
+
+        Whoever held it is shut out: a mark of theirs raises from now on.
+
+        Args:
+            holds: ``Reservation.holds`` of the lost handle.
+            event: One use; it must be the one that was reserved.
+
+        Raises:
+            ReservationError: If it is not open, of another event, or a lease.
+        """
+        holder = secrets.token_hex(16)
+        holds = tuple((str(name), int(seq)) for name, seq in holds)
+        receipt = self._writer.submit(Adopt(holds, holder, event))
+        with self._store.snapshot() as snapshot:
+            (row,) = (row for row in snapshot.reservations(holds[0][0]) if row.seq == holds[0][1])
+        return Reservation(
+            self._writer,
+            receipt,
+            event,
+            uses=row.uses,
+            holds=holds,
+            holder=holder,
+            marked=row.marked,
+        )
+
+    def _reservation(self, receipt: Receipt, ask: Reserve) -> Reservation:
+        return Reservation(
+            self._writer,
+            receipt,
+            ask.event,
+            uses=ask.uses,
+            holds=holds_of(receipt),
+            holder=ask.holder,
+        )
+
+    async def _asubmit(
+        self,
+        request: Request,
+        on_cancel: Callable[[Future[Outcome]], None] | None = None,
+    ) -> Receipt:
+        done = self._writer.enqueue(request)
+        try:
+            return answer(await asyncio.wrap_future(done))
+        except asyncio.CancelledError:
+            if on_cancel is not None and not done.cancelled():
+                done.add_done_callback(on_cancel)
+            raise
 
     def budgets(self) -> list[str]:
         """Return the names of all budgets, sorted."""
@@ -223,10 +460,82 @@ class Accountant:
         reached = after(budget.filter, totals, events)
         return None if reached is None else budget.filter.share(reached)
 
-    def verify(self) -> Verification:
-        """Replay the whole ledger and compare it with itself."""
+    def backup(self, to: str | Path) -> None:
+        """Copy the ledger as it is now to a new file; writers go on meanwhile.
+
+        A backup is an older copy from its next charge on: it may only replace a lost ledger, as
+        docs/recovery.md describes. Never copy the file itself: its log would be missing.
+
+        Raises:
+            LedgerUnavailable: If the file exists or cannot be written, or this is no SQLite
+                ledger (use ``pg_dump``).
+        """
+        if not isinstance(self._store, SqliteStore):
+            raise LedgerUnavailable("only SQLite ledgers are copied; use pg_dump for PostgreSQL")
+        self._store.check_process()
+        self._store.backup(Path(to))
+
+    def checkpoint(
+        self, *signers: Signer, to: Iterable[str | Path] = (), lines: Sequence[str] = ()
+    ) -> str:
+        """Sign the last entry of every budget, and publish that as an anchor.
+
+        Args:
+            signers: Keys, from :func:`accountant.notes.read_key`.
+            to: Files to append to, or ``command:...`` lines that get it on their standard input.
+                Choose places that whoever can change the ledger cannot.
+            lines: Further lines, as :mod:`accountant.anchors` describes.
+
+        Returns:
+            The signed note. It is in the ledger, too.
+
+        Raises:
+            AnchorUnavailable: If it could not be published everywhere.
+            AnchorInvalid: If there is no signer.
+        """
         with self._store.snapshot() as snapshot:
-            return verify(snapshot)
+            rows = [snapshot.row(name) for name in snapshot.budgets()]
+        heads = tuple(Head(row.name, row.seq, row.head) for row in rows)
+        when = f"time {datetime.now(UTC).isoformat(timespec='seconds')}"
+        note = sign(Checkpoint(self._store.ledger, heads, (when, *lines)), signers)
+        self._writer.submit(Anchor(note))
+        for target in to:
+            publish(note, target)
+        return note
+
+    def verify(
+        self,
+        anchors: Iterable[str] = (),
+        *,
+        key: VerifierKey | None = None,
+        vouched: Collection[VerifierKey] = (),
+    ) -> Verification:
+        """Replay the whole ledger and compare it with itself, and with what is known elsewhere.
+
+        Args:
+            anchors: Signed checkpoints from where they were published, oldest first.
+            key: A verifier key that is trusted; checkpoints from before it was valid are left
+                out. With it the checkpoints that the ledger keeps of itself are compared, too.
+            vouched: Keys that somebody you trust gave you because an older one was lost.
+
+        Raises:
+            AnchorInvalid: If a checkpoint is not signed by a key that was valid then.
+        """
+        notes = tuple(anchors)
+        if notes and key is None:
+            raise InvalidRequest(
+                "anchors prove nothing without the verifier key they are signed by"
+            )
+        with self._store.snapshot() as snapshot:
+            checkpoints: list[Checkpoint] = []
+            if key is not None:
+                stored = tuple(row.note for row in snapshot.checkpoints())
+                for series in (notes, stored):
+                    valid = since(series, key)
+                    if series is notes and notes and not valid:
+                        raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")
+                    checkpoints += history(valid, key, vouched=vouched)[0]
+            return verify(snapshot, checkpoints)
 
     def close(self) -> None:
         """Finish what is queued and close the ledger."""
@@ -248,3 +557,7 @@ class Accountant:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _names(budget: Budgets) -> tuple[str, ...]:
+    return (budget,) if isinstance(budget, str) else tuple(budget)

@@ -6,6 +6,8 @@
     ├── BudgetExceeded        a refusal: the operation does not fit; it is in the ledger
     ├── UnknownBudget         no budget of that name (also a LookupError)
     ├── BudgetExists          the name is taken; budgets are immutable (also a ValueError)
+    ├── BudgetClosed          it was closed, and admits nothing any more
+    ├── DatasetCovered        another budget is about the same dataset (also a ValueError)
     ├── InvalidRequest        a request that cannot be recorded (also a ValueError)
     │   ├── UnitMismatch      the operation protects another unit or relation than the budget
     │   └── KeyReused         the idempotency key belongs to another request
@@ -15,6 +17,8 @@
         ├── LedgerUnavailable it cannot be opened, locked or written; nothing was charged
         ├── OutcomeUnknown    the commit failed midway; counted as spent, release nothing
         ├── LedgerCorrupt     it contradicts itself
+        ├── AnchorInvalid     a key, note or checkpoint that cannot be trusted
+        ├── AnchorUnavailable a key or an anchor cannot be read or written
         └── SchemaMismatch    it was written by another schema version
 
 Each error carries its facts as attributes; exit codes are the command's business.
@@ -74,6 +78,36 @@ class BudgetExists(AccountantError, ValueError):
     def __init__(self, budget: str) -> None:
         super().__init__(f"budget {budget!r} exists; budgets are immutable, choose another name")
         self.budget = budget
+
+
+class BudgetClosed(AccountantError):
+    """The budget was closed; nothing runs under it any more.
+
+    Attributes:
+        budget: The name.
+    """
+
+    def __init__(self, budget: str) -> None:
+        super().__init__(
+            f"budget {budget!r} is closed; ask its owner, or use the budget that supersedes it"
+        )
+        self.budget = budget
+
+
+class DatasetCovered(AccountantError, ValueError):
+    """A second budget over the same data would give it a second promise.
+
+    Attributes:
+        budget: The name of the new budget.
+        other: The name of the budget that is about that data.
+    """
+
+    def __init__(self, budget: str, other: str) -> None:
+        super().__init__(
+            f"budget {budget!r}: budget {other!r} is about the same dataset; charge that one, or"
+            f" create this one with supersedes={other!r}, which carries its spend over"
+        )
+        self.budget, self.other = budget, other
 
 
 class InvalidRequest(AccountantError, ValueError):
@@ -149,5 +183,48 @@ class LedgerCorrupt(LedgerError):
     """The ledger contradicts itself; run ``epsledger ledger verify``."""
 
 
+class AnchorInvalid(LedgerError):
+    """A key, a signed note or a checkpoint cannot be trusted as it is.
+
+    Attributes:
+        what: What it is about.
+        reason: Why, and what to do about it.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what}: {reason}")
+        self.what, self.reason = what, reason
+
+
+class AnchorUnavailable(LedgerError):
+    """A key or an anchor cannot be read or written; the ledger itself was not touched.
+
+    Attributes:
+        target: The file or command.
+        reason: Why, and what to do about it.
+    """
+
+    def __init__(self, target: str, reason: str) -> None:
+        super().__init__(f"{target}: {reason}")
+        self.target, self.reason = target, reason
+
+
 class SchemaMismatch(LedgerError):
-    """The ledger was written by another schema version of epsledger."""
+    """The ledger was written by another schema version of epsledger.
+
+    Attributes:
+        place: The ledger.
+        found: Its schema version.
+        expected: The version that this epsledger reads and writes.
+    """
+
+    def __init__(self, place: str, found: int, expected: int) -> None:
+        super().__init__(
+            f"{place} has ledger schema {found}, this epsledger writes {expected}; "
+            + (
+                "stop every process that has it open, then run: epsledger ledger migrate"
+                if found < expected
+                else "use the epsledger that wrote it, or a newer one"
+            )
+        )
+        self.place, self.found, self.expected = place, found, expected

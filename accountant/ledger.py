@@ -5,166 +5,81 @@ the transaction shows, and appends what happened. The store behind the transacti
 durable; only after that may a caller learn the outcome. The rules:
 
 1. An event is admitted on the lanes that include it, or refused; a refusal is recorded too.
+   One that names several budgets is charged to all of them or to none. A quota is never charged
+   without the dataset's budget that it is a share of.
 2. An open reservation counts in full. A mark takes one of its uses and never exceeds them.
 3. Settling recomputes a reservation's contribution from its marks; voiding needs no marks.
-4. Only the holder marks, settles or voids.
+4. Only the holder marks, settles or voids. Whoever adopts a reservation becomes its holder; a
+   lease, whose marks are in its holder's memory, is never adopted.
 5. A key with the same request gets the stored answer back, never a second charge and never a
    second draw of noise; with another request it is an error.
 6. Refusals equal to a recorded one are counted in the budget's row and written as one entry
    when the next entry of another kind is appended, so that a storm of them stays small.
+7. A budget is never changed. A closed one admits nothing; one that supersedes another begins
+   with all that was spent there; two over the same dataset cannot be. A correction only adds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from accountant.budgets import Budget, label, of_type
+from accountant.budgets import Budget
 from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, pack
 from accountant.errors import (
+    BudgetClosed,
     BudgetExceeded,
     BudgetExists,
+    DatasetCovered,
     InvalidRequest,
     KeyReused,
     ReleaseUnknown,
     ReservationError,
     UnitMismatch,
 )
-from dp import Event, Filter, NeighboringRelation, Price, validate
-from dp.accountings import limits_hold
-from dp.codec import digest
+from accountant.requests import (
+    Adopt,
+    Anchor,
+    Answer,
+    Ask,
+    Borrow,
+    Charge,
+    Close,
+    Correct,
+    Mark,
+    Open,
+    Receipt,
+    Request,
+    Reserve,
+    Settle,
+    Uses,
+    Void,
+)
+from dp import Event, Price
+from dp.codec import digest, encode
 
 MAX_TALLIES = 64
 """Distinct refusals counted apart between two other entries; the rest share one count."""
+LEASED_SHARE = 4
+"""A block of a lease is at most this part of what is left, so that several holders find some."""
 _OTHER = f"{NO_EVENT.hex()}:0:other"
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Ask for a new budget."""
-
-    budget: Budget
-
-    def __post_init__(self) -> None:
-        limits = self.budget.filter
-        if Filter.from_record(limits.to_record()) != limits or not limits_hold(limits):
-            raise InvalidRequest(
-                f"budget {self.budget.name!r}: its limits are not those of its epsilon and delta;"
-                " make the filter with dp.pure, dp.adaptive or dp.planned"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask to run an event: the common part of a charge and a reservation."""
-
-    budget: str
-    event: Event
-    uses: int
-    unit: str
-    relation: NeighboringRelation
-    activity: str
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        label(budget=self.budget)
-        of_type(Event, event=self.event)
-        validate.count(uses=self.uses)
-        label(unit=self.unit)
-        of_type(NeighboringRelation, relation=self.relation)
-        label(activity=self.activity)
-        if self.note != "":
-            label(note=self.note)
-
-
-@dataclass(frozen=True, slots=True)
-class Charge(Ask):
-    """Ask to spend at once. ``payload`` is a digest of everything that the answer depends on."""
-
-    key: str | None = None
-    payload: bytes = b""
-
-    def __post_init__(self) -> None:
-        Ask.__post_init__(self)
-        of_type(bytes, payload=self.payload)
-        if self.key is not None:
-            label(key=self.key)
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve(Ask):
-    """Ask to put uses aside for ``holder``."""
-
-    holder: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Take ``uses`` uses of a reservation; durable before they touch data."""
-
-    budget: str
-    reservation: int
-    holder: str
-    uses: int = 1
-
-    def __post_init__(self) -> None:
-        validate.count(uses=self.uses)
-
-
-@dataclass(frozen=True, slots=True)
-class Settle:
-    """Return the uses of a reservation that were never marked, and end it."""
-
-    budget: str
-    reservation: int
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Void:
-    """End a reservation before its first mark."""
-
-    budget: str
-    reservation: int
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Keep the released answer of a charge with a key, to be returned on a retry."""
-
-    budget: str
-    key: str
-    answer: bytes
-
-    def __post_init__(self) -> None:
-        label(key=self.key)
-        of_type(bytes, answer=self.answer)
-
-
-Request = Open | Charge | Reserve | Mark | Settle | Void | Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Proof that something is in the ledger.
-
-    Attributes:
-        budget: Name of the budget.
-        seq: Position of the entry in the budget's chain.
-        digest: Digest of the entry, 32 bytes in hexadecimal.
-        answer: The stored answer where this is the replay of a key, else None.
-    """
-
-    budget: str
-    seq: int
-    digest: str
-    answer: bytes | None = None
 
 
 @dataclass(slots=True)
 class Hold:
-    """A reservation as the ledger sees it; ``charged`` is what it added to the lanes."""
+    """A reservation as the ledger sees it.
+
+    Attributes:
+        seq: Position of the entry that made it.
+        event: Digest of one use.
+        uses: How many were put aside.
+        holder: Secret of who may mark and end it.
+        charged: What it added to the lanes.
+        marked: How many uses were taken.
+        open: Whether it has not ended.
+        lease: Whether it is marked in its holder's memory.
+    """
 
     seq: int
     event: bytes
@@ -173,6 +88,7 @@ class Hold:
     charged: Price
     marked: int = 0
     open: bool = True
+    lease: bool = False
 
 
 @dataclass(slots=True)
@@ -198,6 +114,7 @@ class Book:
         totals: Sum in each lane.
         pending: Refusals not yet written: [times, first, last] by (event, uses, activity).
         appended: Entries of this transaction, with their digests.
+        closed: Whether it admits nothing any more.
     """
 
     budget: Budget
@@ -207,6 +124,7 @@ class Book:
     totals: Price = ()
     pending: dict[str, list[int]] = field(default_factory=dict)
     appended: list[tuple[Entry, bytes, bytes]] = field(default_factory=list)
+    closed: bool = False
 
     def append(self, kind: Kind, now: int, **members: Any) -> Receipt:
         """Chain one more entry; write pending refusals first, except before another refusal."""
@@ -230,7 +148,7 @@ class Book:
         body = pack(entry)
         self.seq, self.head = entry.seq, chain(self.head, body)
         self.appended.append((entry, body, self.head))
-        return Receipt(self.budget.name, self.seq, self.head.hex())
+        return Receipt(self.budget.name, self.seq, self.head.hex(), uses=entry.uses)
 
     def settled(self, hold: Hold, price: Price) -> Price:
         """Return the totals with a reservation's contribution recomputed from its marks."""
@@ -256,6 +174,15 @@ class Transaction(Protocol):
 
     def add_book(self, book: Book) -> None:
         """Add a new budget's book."""
+
+    def budgets(self) -> list[Budget]:
+        """Return all budgets; the request must have locked the whole ledger."""
+
+    def spent(self, book: Book) -> Uses:
+        """Return what was charged to a budget, or raise if a reservation is open."""
+
+    def add_checkpoint(self, note: str) -> int:
+        """Add a signed checkpoint and return its number."""
 
     def price(self, book: Book, event: Event) -> tuple[bytes, Price]:
         """Return digest and price of an event; the price is frozen when it is first stored."""
@@ -299,32 +226,72 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
         DPError: If the event cannot be priced; then nothing was changed.
     """
     match request:
-        case Open(budget):
-            return _open(tx, budget, now)
+        case Anchor(note):
+            return Receipt("", tx.add_checkpoint(note), digest(note.encode()).hex())
+        case Open():
+            return _open(tx, request, now)
+        case Close(name, note):
+            book = tx.book(name)
+            if book.closed:
+                raise BudgetClosed(name)
+            book.closed = True
+            return book.append(Kind.CLOSE, now, note=note)
         case Charge():
             return _charge(tx, request, now)
+        case Correct():
+            priced = _priced(tx, request)
+            reached = [
+                book.budget.filter.after(book.totals, price, request.uses)
+                for book, _, price in priced
+            ]
+            return _record(tx, request, Kind.CORRECT, priced, reached, now)
         case Reserve():
             return _reserve(tx, request, now)
-        case Mark(name, seq, holder, uses):
-            book, hold = _held(tx, name, seq, holder)
-            if hold.marked + uses > hold.uses:
-                raise ReservationError(
-                    f"reservation {seq} of budget {name!r} has {hold.uses - hold.marked}"
-                    f" of {hold.uses} uses left, {uses} asked"
-                )
-            hold.marked += uses
-            return book.append(Kind.MARK, now, event=hold.event, uses=uses, reservation=seq)
-        case Settle(name, seq, holder):
-            book, hold = _held(tx, name, seq, holder)
-            return _end(tx, book, hold, Kind.SETTLE, now)
-        case Void(name, seq, holder):
-            book, hold = _held(tx, name, seq, holder)
-            if hold.marked:
-                raise ReservationError(
-                    f"reservation {seq} of budget {name!r} has {hold.marked} marked uses;"
-                    " settle it instead"
-                )
-            return _end(tx, book, hold, Kind.VOID, now)
+        case Mark(uses=uses):
+            held = _held(tx, request)
+            for book, hold in held:
+                if book.closed:
+                    raise BudgetClosed(book.budget.name)
+                _check_left(book, hold, uses)
+            for _, hold in held:
+                hold.marked += uses
+            return _append(held, Kind.MARK, now, uses=uses)
+        case Settle(marked=marked):
+            held = _held(tx, request)
+            if marked:
+                for book, hold in held:
+                    if not hold.lease:
+                        raise ReservationError(f"reservation {hold.seq} is marked use by use")
+                    _check_left(book, hold, marked)
+                for _, hold in held:
+                    hold.marked += marked
+                _append(held, Kind.MARK, now, uses=marked)
+            return _end(tx, held, Kind.SETTLE, now)
+        case Void():
+            held = _held(tx, request)
+            for book, hold in held:
+                if hold.marked:
+                    raise ReservationError(
+                        f"reservation {hold.seq} of budget {book.budget.name!r} has {hold.marked}"
+                        " marked uses; settle it instead"
+                    )
+            return _end(tx, held, Kind.VOID, now)
+        case Adopt(holder=holder, event=event):
+            held = _held(tx, request)
+            for book, hold in held:
+                if hold.event != digest(encode(event)):
+                    raise ReservationError(
+                        f"reservation {hold.seq} of budget {book.budget.name!r} is of another"
+                        " event; the run that adopts it must be the one that was priced"
+                    )
+                if hold.lease:
+                    raise ReservationError(
+                        f"reservation {hold.seq} of budget {book.budget.name!r} is a lease: what"
+                        " its holder marked is unknown, so all of it stays spent"
+                    )
+            for _, hold in held:
+                hold.holder = holder
+            return _append(held, Kind.ADOPT, now, uses=held[0][1].marked)
         case Answer(name, key, answer):
             keyed = tx.keyed(name, key)
             if keyed is None or keyed.answer is not None:
@@ -333,59 +300,163 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
             return Receipt(name, keyed.seq, keyed.digest.hex(), answer)
 
 
-def _open(tx: Transaction, budget: Budget, now: int) -> Receipt:
-    if tx.find_book(budget.name) is not None:
-        raise BudgetExists(budget.name)
-    book = Book(budget, totals=(0,) * len(budget.filter.limits))
+_Priced = list[tuple[Book, bytes, Price]]
+_Held = list[tuple[Book, Hold]]
+
+
+def _open(tx: Transaction, ask: Open, now: int) -> Receipt:
+    budget, name = ask.budget, ask.budget.name
+    if tx.find_book(name) is not None:
+        raise BudgetExists(name)
+    if budget.quota_of is not None:
+        _check_same_promise(budget, tx.book(budget.quota_of).budget)
+    old, imported = None, ask.imported
+    others = [other for other in tx.budgets() if other.quota_of is None]
+    replaced = {other.supersedes: other.name for other in others}
+    if budget.supersedes is not None:
+        old = tx.book(budget.supersedes)
+        if old.budget.name in replaced:
+            raise DatasetCovered(name, replaced[old.budget.name])
+        _check_same_promise(budget, old.budget)
+        lost = {old.budget.dataset, *old.budget.lineage} - {None, budget.dataset, *budget.lineage}
+        if lost:
+            raise InvalidRequest(
+                f"budget {name!r}: the fingerprints {sorted(map(str, lost))} of the budget that"
+                " it supersedes must be its dataset's, or in its lineage"
+            )
+        imported += tx.spent(old)
+    for other in others:
+        if other.name != budget.supersedes and other.name not in replaced and budget.covers(other):
+            raise DatasetCovered(name, other.name)
+    limits = budget.filter
+    book = Book(budget, totals=(0,) * len(limits.limits))
+    totals, priced = book.totals, []
+    for event, uses in imported:
+        digested, price = tx.price(book, event)
+        priced.append((digested, uses))
+        totals, before = limits.after(totals, price, uses), totals
+        if not limits.admits(totals):
+            fit = limits.uses_that_fit(before, price)
+            raise BudgetExceeded(name, event, uses, fit, limits.advice(price))
     tx.add_book(book)
-    return book.append(Kind.OPEN, now, event=digest(budget.to_json()))
+    receipt = book.append(Kind.OPEN, now, event=digest(budget.to_json()))
+    for digested, uses in priced:
+        tx.keep_event(book, digested)
+        origin = "imported" if old is None else old.budget.name
+        book.append(Kind.IMPORT, now, event=digested, uses=uses, activity=origin)
+    book.totals = totals
+    if old is not None and not old.closed:
+        old.closed = True
+        old.append(Kind.CLOSE, now, event=digest(budget.to_json()), note=f"superseded by {name}")
+    return receipt
+
+
+def _check_same_promise(budget: Budget, other: Budget) -> None:
+    expected = (other.unit, other.filter.relation)
+    given = (budget.unit, budget.filter.relation)
+    if given != expected:
+        raise UnitMismatch(other.name, expected, given)
+    if other.quota_of is not None:
+        raise InvalidRequest(f"{other.name!r} is a quota, not a dataset's budget")
 
 
 def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
-    book = _checked(tx, ask)
-    event, price = tx.price(book, ask.event)
-    parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload)
+    priced = _priced(tx, ask)
+    if ask.key is None:
+        return _admit(tx, ask, Kind.CHARGE, priced, now)
+    first, event = ask.budgets[0], priced[0][1]
+    others = tuple(name.encode() for name in ask.budgets[1:])
+    parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload, *others)
     payload = digest(b"".join(map(digest, parts)))
-    if ask.key is not None and (keyed := tx.keyed(ask.budget, ask.key)) is not None:
+    if (keyed := tx.keyed(first, ask.key)) is not None:
         if keyed.payload != payload:
             raise KeyReused(ask.key)
         if keyed.answer is None:
             raise ReleaseUnknown(ask.key)
-        return Receipt(ask.budget, keyed.seq, keyed.digest.hex(), keyed.answer)
-    outcome = _admit(tx, book, ask, Kind.CHARGE, event, price, now)
-    if ask.key is not None and isinstance(outcome, Receipt):
+        return Receipt(first, keyed.seq, keyed.digest.hex(), keyed.answer, ask.uses)
+    outcome = _admit(tx, ask, Kind.CHARGE, priced, now)
+    if isinstance(outcome, Receipt):
         keyed = Keyed(ask.key, payload, outcome.seq, bytes.fromhex(outcome.digest))
-        tx.add_keyed(ask.budget, keyed)
+        tx.add_keyed(first, keyed)
     return outcome
 
 
 def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
-    book = _checked(tx, ask)
-    event, price = tx.price(book, ask.event)
-    charged = book.budget.filter.charge(book.totals, price, ask.uses)
-    outcome = _admit(tx, book, ask, Kind.RESERVE, event, price, now)
+    priced, kind = _priced(tx, ask), Kind.RESERVE
+    if isinstance(ask, Borrow):
+        fit = min(book.budget.filter.uses_that_fit(book.totals, price) for book, _, price in priced)
+        ask, kind = replace(ask, uses=min(ask.uses, max(1, fit // LEASED_SHARE))), Kind.LEASE
+    charged = [book.budget.filter.charge(book.totals, price, ask.uses) for book, _, price in priced]
+    outcome = _admit(tx, ask, kind, priced, now)
     if isinstance(outcome, Receipt):
-        tx.add_hold(ask.budget, Hold(outcome.seq, event, ask.uses, ask.holder, charged))
+        receipts = (outcome, *outcome.linked)
+        for receipt, (_, event, _), lanes in zip(receipts, priced, charged, strict=True):
+            hold = Hold(receipt.seq, event, ask.uses, ask.holder, lanes, lease=kind is Kind.LEASE)
+            tx.add_hold(receipt.budget, hold)
     return outcome
 
 
-def _admit(
-    tx: Transaction, book: Book, ask: Ask, kind: Kind, event: bytes, price: Price, now: int
-) -> Outcome:
-    limits = book.budget.filter
-    totals = limits.after(book.totals, price, ask.uses)
-    if not limits.admits(totals):
-        _refuse(tx, book, ask, event, now)
-        return BudgetExceeded(
-            ask.budget,
-            ask.event,
-            ask.uses,
-            limits.uses_that_fit(book.totals, price),
-            limits.advice(price),
+def _admit(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> Outcome:
+    refusals, reached = [], []
+    for book, event, price in priced:
+        limits = book.budget.filter
+        reached.append(limits.after(book.totals, price, ask.uses))
+        if not limits.admits(reached[-1]):
+            _refuse(tx, book, ask, event, now)
+            fit = limits.uses_that_fit(book.totals, price)
+            name, advice = book.budget.name, limits.advice(price)
+            refusals.append(BudgetExceeded(name, ask.event, ask.uses, fit, advice))
+    return refusals[0] if refusals else _record(tx, ask, kind, priced, reached, now)
+
+
+def _record(
+    tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, reached: list[Price], now: int
+) -> Receipt:
+    """Bring every budget to the totals that it reaches, and add the entries to their chains."""
+    receipts: list[Receipt] = []
+    for (book, event, _), totals in zip(priced, reached, strict=True):
+        tx.keep_event(book, event)
+        book.totals = totals
+        receipts.append(
+            book.append(
+                kind,
+                now,
+                event=event,
+                uses=ask.uses,
+                activity=ask.activity,
+                note=ask.note,
+                **_linked(receipts, len(priced)),
+            )
         )
-    tx.keep_event(book, event)
-    book.totals = totals
-    return book.append(kind, now, event=event, uses=ask.uses, activity=ask.activity, note=ask.note)
+    return _joined(receipts)
+
+
+def _append(held: _Held, kind: Kind, now: int, uses: int | None = None) -> Receipt:
+    """Append one entry about each hold; without ``uses``, about the uses that it marked."""
+    receipts: list[Receipt] = []
+    for book, hold in held:
+        receipts.append(
+            book.append(
+                kind,
+                now,
+                event=hold.event,
+                uses=hold.marked if uses is None else uses,
+                reservation=hold.seq,
+                **_linked(receipts, len(held)),
+            )
+        )
+    return _joined(receipts)
+
+
+def _linked(before: Sequence[Receipt], chains: int) -> dict[str, Any]:
+    if chains == 1:
+        return {}
+    return {"link": bytes.fromhex(before[0].digest)} if before else {"chains": chains}
+
+
+def _joined(receipts: list[Receipt]) -> Receipt:
+    first, *others = receipts
+    return replace(first, linked=tuple(others)) if others else first
 
 
 def _refuse(tx: Transaction, book: Book, ask: Ask, event: bytes, now: int) -> None:
@@ -406,25 +477,46 @@ def _refuse(tx: Transaction, book: Book, ask: Ask, event: bytes, now: int) -> No
         book.pending[key] = [0, 0, 0]
 
 
-def _end(tx: Transaction, book: Book, hold: Hold, kind: Kind, now: int) -> Receipt:
-    price = tx.frozen_price(book, hold.event)
-    book.totals = book.settled(hold, price)
-    hold.open = False
-    return book.append(kind, now, event=hold.event, uses=hold.marked, reservation=hold.seq)
+def _end(tx: Transaction, held: _Held, kind: Kind, now: int) -> Receipt:
+    for book, hold in held:
+        book.totals = book.settled(hold, tx.frozen_price(book, hold.event))
+        hold.open = False
+    return _append(held, kind, now)
 
 
-def _checked(tx: Transaction, ask: Ask) -> Book:
-    book = tx.book(ask.budget)
-    expected = (book.budget.unit, book.budget.filter.relation)
-    if (ask.unit, ask.relation) != expected:
-        raise UnitMismatch(ask.budget, expected, (ask.unit, ask.relation))
-    return book
+def _priced(tx: Transaction, ask: Ask) -> _Priced:
+    """Return the books that are asked, each with digest and price of the event."""
+    books = [tx.book(name) for name in ask.budgets]
+    for book in books:
+        if book.closed and not isinstance(ask, Correct):
+            raise BudgetClosed(book.budget.name)
+        expected = (book.budget.unit, book.budget.filter.relation)
+        if (ask.unit, ask.relation) != expected:
+            raise UnitMismatch(book.budget.name, expected, (ask.unit, ask.relation))
+        owner = book.budget.quota_of
+        if owner is not None and owner not in ask.budgets:
+            raise InvalidRequest(
+                f"quota {book.budget.name!r} guarantees nothing by itself; charge"
+                f" ({owner!r}, {book.budget.name!r}) together"
+            )
+    return [(book, *tx.price(book, ask.event)) for book in books]
 
 
-def _held(tx: Transaction, budget: str, seq: int, holder: str) -> tuple[Book, Hold]:
-    book, hold = tx.book(budget), tx.hold(budget, seq)
-    if hold is None or not hold.open:
-        raise ReservationError(f"budget {budget!r} has no open reservation {seq}")
-    if hold.holder != holder:
-        raise ReservationError(f"reservation {seq} of budget {budget!r} has another holder")
-    return book, hold
+def _held(tx: Transaction, ask: Mark | Settle | Void | Adopt) -> _Held:
+    held = []
+    for name, seq in ask.holds:
+        book, hold = tx.book(name), tx.hold(name, seq)
+        if hold is None or not hold.open:
+            raise ReservationError(f"budget {name!r} has no open reservation {seq}")
+        if hold.holder != ask.holder and not isinstance(ask, Adopt):
+            raise ReservationError(f"reservation {seq} of budget {name!r} has another holder")
+        held.append((book, hold))
+    return held
+
+
+def _check_left(book: Book, hold: Hold, uses: int) -> None:
+    if hold.marked + uses > hold.uses:
+        raise ReservationError(
+            f"reservation {hold.seq} of budget {book.budget.name!r} has {hold.uses - hold.marked}"
+            f" of {hold.uses} uses left, {uses} asked"
+        )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from operator import sub
 
 from accountant.budgets import Budget
-from accountant.entries import NO_EVENT, Entry, Kind, unpack
+from accountant.entries import HOLDS, SPENDS, Entry, Kind, unpack
 from accountant.errors import LedgerCorrupt
 from accountant.ledger import Hold
-from accountant.stores.schema import unpack_lanes
+from accountant.stores.rows import unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import Event, MalformedEvent, Price
 from dp.codec import decode
@@ -66,6 +66,7 @@ class Statement:
         activities: By name.
         refused: Operations turned down, pending ones included.
         open_reservations: (seq, uses, marked) of each.
+        closed: Whether it admits nothing any more.
         spent: Each event that was charged or reserved and not returned, with its uses.
     """
 
@@ -78,6 +79,7 @@ class Statement:
     refused: int
     open_reservations: tuple[tuple[int, int, int], ...]
     spent: tuple[tuple[Event, int], ...]
+    closed: bool = False
 
 
 def read_statement(snapshot: Snapshot, name: str) -> Statement:
@@ -92,7 +94,7 @@ def read_statement(snapshot: Snapshot, name: str) -> Statement:
     try:
         events = {stored.digest: decode(stored.encoded) for stored in snapshot.events(name)}
         prices = {stored.digest: unpack_lanes(stored.price) for stored in snapshot.events(name)}
-        entries = [unpack(stored.body) for stored in snapshot.entries(name)]
+        entries = [unpack(body) for _, body, _ in snapshot.entries(name)]
         return _fold(budget, row.head.hex(), entries, events, prices, json.loads(row.pending))
     except (MalformedEvent, LookupError, TypeError, ValueError) as error:
         raise LedgerCorrupt(f"budget {name!r} cannot be read; verify it: {error!r}") from error
@@ -126,10 +128,10 @@ def _fold(
     for entry in entries:
         seq = entry.seq
         match entry.kind:
-            case Kind.CHARGE | Kind.RESERVE:
+            case kind if kind in SPENDS or kind in HOLDS:
                 charged = limits.charge(totals, prices[entry.event], entry.uses)
                 add(entry.activity, entry.event, charged, entry.uses)
-                if entry.kind is Kind.RESERVE:
+                if entry.kind in HOLDS:
                     hold = Hold(entry.seq, entry.event, entry.uses, "", charged)
                     reserved[entry.seq] = entry.activity, hold
             case Kind.MARK:
@@ -141,9 +143,9 @@ def _fold(
                 add(activity, hold.event, change, hold.marked - hold.uses)
             case Kind.REFUSE:
                 refused[entry.activity] = refused.get(entry.activity, 0) + entry.times
-            case Kind.OPEN:
+            case _:
                 pass
-        event = events.get(entry.event) if entry.event != NO_EVENT else None
+        event = events.get(entry.event)
         lines.append(Line(entry, event, limits.share(totals)))
     for key, (times, _, _) in pending.items():
         activity = key.split(":", 2)[2]
@@ -166,6 +168,7 @@ def _fold(
         sum(refused.values()),
         tuple((seq, hold.uses, hold.marked) for seq, (_, hold) in reserved.items()),
         tuple((events[event], times) for event, times in spent.items() if times),
+        any(line.entry.kind is Kind.CLOSE for line in lines),
     )
 
 

@@ -1,23 +1,25 @@
 """Verify: the check of a ledger against itself.
 
 Everything is replayed from the stored entries alone: every digest of every chain, every price
-from its event, every lane, every limit at every prefix, every reservation. What this cannot
-see: that the ledger as a whole is an older copy of itself. That needs an anchor outside it.
+from its event, every lane, every limit at every prefix, every reservation, every operation that
+was charged to several budgets. The lanes are then added up a second time, by the database, from
+other rows. What neither can see: that the ledger as a whole is an older copy of itself. That
+needs a mark or an anchor outside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from operator import sub
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import add, sub
 
+from accountant.anchors import Checkpoint, compare
 from accountant.budgets import Budget
-from accountant.entries import GENESIS, NO_EVENT, Kind, chain, unpack
+from accountant.entries import GENESIS, HOLDS, NO_EVENT, SPENDS, Entry, Kind, chain, unpack
 from accountant.errors import LedgerCorrupt
 from accountant.ledger import Hold
-from accountant.stores.schema import unpack_lanes
+from accountant.stores.rows import BudgetRow, unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import DPError, Price
 from dp.accountings import limits_hold
@@ -48,17 +50,23 @@ class Verification:
     Attributes:
         budgets: By name.
         strays: Rows that belong to no budget.
-        rollback: Whether an older copy would have been noticed.
+        anchors: In what the ledger contradicts its anchors.
+        rollback: What was compared outside the ledger, or ``not checked``.
     """
 
     budgets: tuple[Checked, ...]
     strays: tuple[str, ...]
-    rollback: str = "not checked"
+    anchors: tuple[str, ...]
+    rollback: str
 
     @property
     def clean(self) -> bool:
         """Whether nothing contradicts anything."""
-        return not self.strays and not any(checked.problems for checked in self.budgets)
+        return (
+            not self.strays
+            and not self.anchors
+            and not any(checked.problems for checked in self.budgets)
+        )
 
 
 @dataclass(slots=True)
@@ -67,37 +75,99 @@ class _Replayed:
     seq: int = 0
     head: bytes = GENESIS
     time: int = 0
+    closed: bool = False
+    prices: dict[bytes, Price] = field(default_factory=dict)
+    spends: dict[int, bytes] = field(default_factory=dict)
+    reserved: dict[int, Hold] = field(default_factory=dict)
 
 
-def verify(snapshot: Snapshot) -> Verification:
-    """Replay the whole ledger."""
-    return Verification(
-        tuple(_verify_budget(snapshot, name) for name in snapshot.budgets()),
-        tuple(snapshot.strays()),
-    )
+class _Links:
+    """Operations charged to several budgets: each chain must have its part, or none."""
+
+    def __init__(self) -> None:
+        self._expected: dict[bytes, tuple[str, int, Kind, int]] = {}
+        self._found: dict[bytes, list[tuple[str, int, Kind]]] = {}
+
+    def add(self, budget: str, entry: Entry, digest: bytes) -> None:
+        """Note an entry that is linked."""
+        if entry.link != NO_EVENT:
+            self._found.setdefault(entry.link, []).append((budget, entry.seq, entry.kind))
+        else:
+            self._expected[digest] = (budget, entry.seq, entry.kind, entry.chains)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (budget, problem) for every part that is missing or added."""
+        for link, others in self._found.items():
+            if link not in self._expected:
+                for budget, seq, _ in others:
+                    yield budget, f"entry {seq}: its operation's first entry is missing"
+        for first, (budget, seq, kind, chains) in self._expected.items():
+            others = self._found.get(first, [])
+            names = {name for name, _, _ in others}
+            if len(others) != chains - 1 or len({budget, *names}) != chains:
+                yield budget, f"entry {seq}: {len(others) + 1} of {chains} chains have it"
+            elif any(other is not kind for _, _, other in others):
+                yield budget, f"entry {seq}: another kind of entry is linked to it"
 
 
-def _verify_budget(snapshot: Snapshot, name: str) -> Checked:
+def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verification:
+    """Replay the whole ledger, and compare it with checkpoints that were kept elsewhere."""
+    links = _Links()
+    checked = [_verify_budget(snapshot, name, links) for name in snapshot.budgets()]
+    amiss: dict[str, list[str]] = {}
+    for budget, problem in links.problems():
+        amiss.setdefault(budget, []).append(problem)
+    checked = [
+        replace(each, problems=(*each.problems, *amiss.get(each.budget, ()))) for each in checked
+    ]
+    seen = snapshot.remembered.seen
+    known = sum(each.budget in seen for each in checked)
+    anchors = [
+        problem
+        for checkpoint in checkpoints
+        for problem in (
+            compare(checkpoint, snapshot.read_digest)
+            if checkpoint.ledger == snapshot.ledger
+            else (f"the anchor is about ledger {checkpoint.ledger}, not {snapshot.ledger}",)
+        )
+    ]
+    numbers = [number for number, _ in snapshot.checkpoints()]
+    if numbers != list(range(1, len(numbers) + 1)):
+        anchors.append(f"the ledger's own checkpoints are numbered {numbers}")
+    against = [f"{len(checkpoints)} anchors"] if checkpoints else []
+    if known:
+        against.append(f"what this machine saw last of {known} of {len(checked)} budgets")
+    rollback = f"checked against {' and '.join(against)}" if against else "not checked"
+    return Verification(tuple(checked), tuple(snapshot.strays()), tuple(anchors), rollback)
+
+
+def _verify_budget(snapshot: Snapshot, name: str, links: _Links) -> Checked:
     replayed = _Replayed(())
+    problems: list[str] = []
     try:
         row = snapshot.row(name)
         budget = Budget.from_json(row.record)
         replayed.totals = (0,) * len(budget.filter.limits)
-        problems = list(_problems(snapshot, budget, row, replayed))
+        for problem in _problems(snapshot, budget, row, replayed, links):
+            problems.append(problem)  # noqa: PERF402 - those before an error count
+        problems.extend(_mismatches(snapshot, budget, row, replayed))
     except (LedgerCorrupt, DPError, ValueError, TypeError, LookupError, AttributeError) as error:
-        problems = [f"entry {replayed.seq + 1}: {error}"]
+        said = str(error) if isinstance(error, LedgerCorrupt | DPError) else repr(error)
+        problems.append(f"entry {replayed.seq + 1}: {said}")
     return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems))
 
 
-def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed) -> Iterator[str]:
-    limits, name = budget.filter, budget.name
+def _problems(
+    snapshot: Snapshot, budget: Budget, row: BudgetRow, replayed: _Replayed, links: _Links
+) -> Iterator[str]:
+    limits, name, prices = budget.filter, budget.name, replayed.prices
+    reserved = replayed.reserved
     if name != row.name:
         yield f"the record of budget {row.name!r} is that of {name!r}"
     if budget.to_json() != row.record:
         yield "the budget's record is not in canonical form"
     if not limits_hold(limits):
         yield "the budget's limits are wider than its epsilon and delta allow"
-    prices: dict[bytes, Price] = {}
     for stored in snapshot.events(name):
         event, price = decode(stored.encoded), unpack_lanes(stored.price)
         if digest(stored.encoded) != stored.digest:
@@ -105,97 +175,121 @@ def _problems(snapshot: Snapshot, budget: Budget, row: Any, replayed: _Replayed)
         elif not limits.price_holds(event, price):
             yield f"event {stored.digest.hex()} is not priced as {event!r}"
         prices[stored.digest] = price
-    charges: dict[int, bytes] = {}
-    reserved: dict[int, Hold] = {}
-    for stored in snapshot.entries(name):
-        at = f"entry {stored.seq}"
-        if not isinstance(stored.seq, int) or not isinstance(stored.digest, bytes):
-            yield f"{at}: its seq or digest is of another type"
+    keyed = {key.seq for key in snapshot.keys(name)}
+    for seq, body, head in snapshot.entries(name):
+        if not isinstance(seq, int) or not isinstance(head, bytes):
+            yield f"entry {seq}: its seq or digest is of another type"
             return
-        entry = unpack(stored.body)
-        if entry.seq != stored.seq or entry.seq != replayed.seq + 1:
-            yield f"{at}: follows entry {replayed.seq}"
-        if chain(replayed.head, stored.body) != stored.digest:
-            yield f"{at}: its digest does not match; it or the one before was changed"
+        entry = unpack(body)
+        if entry.seq != seq or seq != replayed.seq + 1:
+            yield f"entry {seq}: follows entry {replayed.seq}"
+        if chain(replayed.head, body) != head:
+            yield f"entry {seq}: its digest does not match; it or the one before was changed"
         if entry.time < replayed.time:
-            yield f"{at}: is older than the entry before"
-        if (entry.kind is Kind.OPEN) != (replayed.seq == 0):
-            yield f"{at}: a chain has one OPEN entry, its first"
-        replayed.seq, replayed.head, replayed.time = stored.seq, stored.digest, entry.time
-        if entry.kind is Kind.OPEN:
-            if entry.event != digest(row.record):
-                yield f"{at}: the budget's record is not the one that was opened"
-            continue
-        nameless = entry.kind is Kind.REFUSE and entry.event == NO_EVENT
-        if entry.event not in prices and not nameless:
-            yield f"{at}: its event {entry.event.hex()} is not stored"
-            continue
-        if entry.kind in (Kind.CHARGE, Kind.RESERVE):
-            charges[entry.seq] = stored.digest
+            yield f"entry {seq}: is older than the entry before"
+        kind = entry.kind
+        if (kind is Kind.OPEN) != (replayed.seq == 0):
+            yield f"entry {seq}: a chain has one OPEN entry, its first"
+        replayed.seq, replayed.head, replayed.time = seq, head, entry.time
+        if entry.chains or entry.link != NO_EVENT:
+            links.add(name, entry, head)
+        if kind in SPENDS or kind in HOLDS:
+            if entry.event not in prices:
+                yield f"entry {seq}: its event {entry.event.hex()} is not stored"
+                continue
+            if replayed.closed and kind is not Kind.CORRECT:
+                yield f"entry {seq}: the budget was closed before"
             charged = limits.charge(replayed.totals, prices[entry.event], entry.uses)
-            replayed.totals = _moved(charged, replayed.totals)
-            if entry.kind is Kind.RESERVE:
-                reserved[entry.seq] = Hold(entry.seq, entry.event, entry.uses, "", charged)
+            replayed.totals = tuple(map(add, replayed.totals, charged))
+            if kind in HOLDS:
+                lease = kind is Kind.LEASE
+                reserved[seq] = Hold(seq, entry.event, entry.uses, "", charged, lease=lease)
+            elif seq in keyed:
+                replayed.spends[seq] = head
             if not limits.admits(replayed.totals):
-                yield f"{at}: exceeds the budget"
-        elif entry.kind in (Kind.MARK, Kind.SETTLE, Kind.VOID):
+                yield f"entry {seq}: exceeds the budget; the guarantee does not hold"
+        elif kind is Kind.OPEN:
+            if entry.event != digest(row.record):
+                yield f"entry {seq}: the budget's record is not the one that was opened"
+        elif kind is Kind.CLOSE:
+            if replayed.closed:
+                yield f"entry {seq}: the budget was closed before"
+            replayed.closed = True
+        elif kind is Kind.REFUSE:
+            if entry.event not in prices and entry.event != NO_EVENT:
+                yield f"entry {seq}: its event {entry.event.hex()} is not stored"
+        elif entry.event not in prices:
+            yield f"entry {seq}: its event {entry.event.hex()} is not stored"
+        else:
             hold = reserved.get(entry.reservation)
             if hold is None or not hold.open or hold.event != entry.event:
-                yield f"{at}: there is no open reservation {entry.reservation} of its event"
+                yield f"entry {seq}: there is no open reservation {entry.reservation} of its event"
                 continue
-            if entry.kind is Kind.MARK:
+            if kind is Kind.MARK:
+                if replayed.closed and not hold.lease:
+                    yield f"entry {seq}: the budget was closed before"
                 hold.marked += entry.uses
                 if hold.marked > hold.uses:
-                    yield f"{at}: marks more than reservation {hold.seq} has"
+                    yield f"entry {seq}: marks more than reservation {hold.seq} has"
+                continue
+            if entry.uses != hold.marked or (kind is Kind.VOID and hold.marked):
+                yield f"entry {seq}: returns uses of reservation {hold.seq} that were marked"
+                continue
+            if kind is Kind.ADOPT:
+                if hold.lease:
+                    yield f"entry {seq}: adopts a lease"
                 continue
             hold.open = False
-            if entry.uses != hold.marked or (entry.kind is Kind.VOID and hold.marked):
-                yield f"{at}: returns uses of reservation {hold.seq} that were marked"
-                continue
-            kept = limits.part(hold.charged, prices[entry.event], hold.marked)
-            change = tuple(map(sub, kept, hold.charged))
-            replayed.totals = _moved(change, replayed.totals)
-    yield from _mismatches(snapshot, budget, row, replayed, reserved, charges)
+            kept = limits.part(hold.charged, prices[hold.event], hold.marked)
+            change = map(sub, kept, hold.charged)
+            replayed.totals = tuple(map(add, replayed.totals, change))
 
 
 def _mismatches(
-    snapshot: Snapshot,
-    budget: Budget,
-    row: Any,
-    replayed: _Replayed,
-    reserved: dict[int, Hold],
-    charges: dict[int, bytes],
+    snapshot: Snapshot, budget: Budget, row: BudgetRow, replayed: _Replayed
 ) -> Iterator[str]:
     """Compare what the entries came to with what is stored beside them."""
-    name = budget.name
+    name, prices = budget.name, replayed.prices
     if not replayed.seq:
         yield "entry 1: there is none; its OPEN entry is missing"
     if row.time != replayed.time:
         yield "the stored time is not that of the last entry"
+    if bool(row.closed) != replayed.closed:
+        yield "the entries do not say whether it is closed as the budget's row does"
     if (row.seq, row.head) != (replayed.seq, replayed.head):
         yield (
             f"entry {replayed.seq + 1}: the budget ends on entry {row.seq}"
             f" and the entries on {replayed.seq}: some are missing or were added"
         )
-    if unpack_lanes(row.totals) != replayed.totals:
+    totals = unpack_lanes(row.totals)
+    if totals != replayed.totals:
         yield "the stored totals are not the sums of the entries"
+    holds = snapshot.reservations(name)
     stored_holds = {
-        held.seq: (held.event, held.uses, unpack_lanes(held.charged), held.marked, held.open)
-        for held in snapshot.reservations(name)
+        held.seq: (
+            held.event,
+            held.uses,
+            unpack_lanes(held.charged),
+            held.marked,
+            bool(held.open),
+            bool(held.lease),
+        )
+        for held in holds
     }
     replayed_holds = {
-        seq: (hold.event, hold.uses, hold.charged, hold.marked, hold.open)
-        for seq, hold in reserved.items()
+        seq: (hold.event, hold.uses, hold.charged, hold.marked, hold.open, hold.lease)
+        for seq, hold in replayed.reserved.items()
     }
     if stored_holds != replayed_holds:
         yield "the stored reservations are not those of the entries"
+    spent = [(each.event, each.uses, each.times) for each in snapshot.spent(name)]
+    spent += [(held.event, held.uses if held.open else held.marked, 1) for held in holds]
+    known = [(prices[event], uses, times) for event, uses, times in spent if event in prices]
+    if len(known) < len(spent) or budget.filter.sums(known, totals) != totals:
+        yield "the stored totals are not what the database adds up"
     for key in snapshot.keys(name):
-        if charges.get(key.seq) != key.digest:
+        if replayed.spends.get(key.seq) != key.digest:
             yield f"key {key.key!r} refers to entry {key.seq}, which is not its charge"
     pending = json.loads(row.pending)
     if any(len(tally) != 3 or min(tally) < 0 for tally in pending.values()):
         yield "the pending refusals are unreadable"
-
-
-def _moved(change: Price, totals: Price) -> Price:
-    return tuple(map(sum, zip(change, totals, strict=True)))

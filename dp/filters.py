@@ -174,6 +174,34 @@ class Filter:
             return self.charge((), price, uses)
         return self._beyond_slots(price, uses, charged)
 
+    def sums(self, spent: Iterable[tuple[Price, int, int]], totals: Price) -> Price:
+        """Return what the lanes must hold after these spends, in whatever order they came.
+
+        Args:
+            spent: (price, uses, times): how often that many uses of an event were spent at once.
+            totals: What the lanes are said to hold. Only the lanes of slots are taken from it:
+                which uses found a slot free depends on the order.
+
+        >>> from dp import pure
+        >>> pure(1.0).sums([((2**30,), 3, 2)], (0,))
+        (6442450944,)
+        """
+        if not self._beyond:
+            lanes = (0,) * len(self.limits)
+            for price, uses, times in spent:
+                lanes = tuple(
+                    map(add, lanes, map(mul, self.charge((), price, uses), repeat(times)))
+                )
+            return lanes
+        asked = [0] * len(self.limits)
+        for price, uses, times in spent:
+            asked = [
+                sum(both) for both in zip(asked, (uses * times * p for p in price), strict=True)
+            ]
+        taken = totals[:-1]
+        over = (a - t for a, t in zip(asked[:-1], taken, strict=True))
+        return (*taken, asked[-1] + sum(map(mul, over, self._beyond)))
+
     def _beyond_slots(self, price: Price, uses: int, rooms: Iterable[int]) -> Price:
         asked = [uses * each for each in price]
         taken = [min(*both) for both in zip(asked[:-1], rooms, strict=False)]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from accountant import Accountant
+from accountant import Accountant, fingerprint
 from dp import (
     Event,
     Gaussian,
@@ -27,17 +25,12 @@ from dp import (
 )
 from dp.accountings import merged
 from dp.codec import read_event
-from epsledger.errors import CONTRADICTION, REFUSED, told
+from epsledger.errors import REFUSED, told
+from epsledger.keeping import anchor, doctor, ledger
+from epsledger.options import LEDGER as _LEDGER
+from epsledger.options import add_row as _add_row
+from epsledger.options import existing as _existing
 from reports import write_report
-
-_LEDGER = click.option(
-    "--ledger",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("epsledger.db"),
-    show_default=True,
-    envvar="EPSLEDGER_LEDGER",
-    help="The ledger's SQLite file.",
-)
 
 
 def _event_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,9 +56,14 @@ def main() -> None:
     """Keep the privacy budget of an LLM pipeline: one budget per dataset, charged before use."""
 
 
+main.add_command(ledger)
+main.add_command(anchor)
+main.add_command(doctor)
+
+
 @main.group()
 def budget() -> None:
-    """Create, list and show budgets."""
+    """Create, list, show, correct and close budgets."""
 
 
 @budget.command("create")
@@ -94,6 +92,19 @@ def budget() -> None:
     metavar="EVENT USES",
     help="Commit to USES of an event, as JSON: planned accounting, the tightest.",
 )
+@click.option("--dataset", help="Fingerprint of the dataset; see 'budget fingerprint'.")
+@click.option(
+    "--lineage", multiple=True, help="Fingerprint of a dataset that it was made from; repeatable."
+)
+@click.option("--supersedes", help="The budget that this one replaces, spend carried over.")
+@click.option(
+    "--import",
+    "imported",
+    type=(str, int),
+    multiple=True,
+    metavar="EVENT USES",
+    help="What was spent before there was a ledger; repeatable.",
+)
 @_LEDGER
 def create(
     name: str,
@@ -104,7 +115,11 @@ def create(
     relation: str,
     expect: str | None,
     slots: tuple[tuple[str, int], ...],
-    ledger: Path,
+    dataset: str | None,
+    lineage: tuple[str, ...],
+    supersedes: str | None,
+    imported: tuple[tuple[str, int], ...],
+    ledger: str,
 ) -> None:
     """Create a budget; it never changes afterwards.
 
@@ -126,13 +141,93 @@ def create(
         else:
             limits = pure(epsilon, relation=neighbors)
         with Accountant.open(ledger) as accountant:
-            accountant.create_budget(name, limits, unit=unit, units=units)
+            accountant.create_budget(
+                name,
+                limits,
+                unit=unit,
+                units=units,
+                dataset=dataset,
+                lineage=lineage,
+                supersedes=supersedes,
+                imported=[(read_event(event), uses) for event, uses in imported],
+            )
     click.echo(f"{name}: {limits} per {unit} under {relation}, in {ledger}")
+
+
+@budget.command("quota")
+@click.argument("name")
+@click.option("--of", required=True, help="The dataset's budget that this is a share of.")
+@click.option("--epsilon", type=float, required=True, help="In nats.")
+@click.option("--delta", type=float, default=0.0, show_default=True, help="0 for a pure quota.")
+@_LEDGER
+def quota(name: str, of: str, epsilon: float, delta: float, ledger: str) -> None:
+    """Create a quota for a team, tenant or application: a limit, and no guarantee."""
+    with told(), _existing(ledger) as accountant:
+        relation = accountant.budget(of).filter.relation
+        limits = (
+            adaptive(epsilon, delta, relation=relation)
+            if delta
+            else pure(epsilon, relation=relation)
+        )
+        accountant.create_quota(name, limits, of=of)
+    click.echo(f"{name}: a quota of {limits} of {of}; charge both together")
+
+
+@budget.command("close")
+@click.argument("name")
+@click.option("--note", default="", help="Why.")
+@_LEDGER
+def close(name: str, note: str, ledger: str) -> None:
+    """Admit nothing under a budget any more. It cannot be opened again."""
+    with told(), _existing(ledger) as accountant:
+        receipt = accountant.close_budget(name, note=note)
+    click.echo(f"{name}: closed by entry {receipt.seq}")
+
+
+@budget.command("correct")
+@click.argument("name")
+@_event_options
+@click.option("--activity", required=True, help="What it was for.")
+@click.option("--note", default="", help="Why it was missed.")
+@_LEDGER
+def correct(
+    name: str,
+    uses: int,
+    activity: str,
+    note: str,
+    ledger: str,
+    written: str | None,
+    **event: float | None,
+) -> None:
+    """Record a spend that was missed, even where it does not fit. Nothing lowers a spend."""
+    with told(), _existing(ledger) as accountant:
+        asked, _ = _event(written, **event)
+        budget = accountant.budget(name)
+        receipt = accountant.correct(
+            name,
+            asked,
+            uses=uses,
+            unit=budget.unit,
+            relation=budget.filter.relation,
+            activity=activity,
+            note=note,
+        )
+        share = accountant.statement(name).share
+    click.echo(f"{name}: {uses} x {asked!r} recorded as entry {receipt.seq}; {share:.2%} used")
+
+
+@budget.command("fingerprint")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--key-file", type=click.Path(exists=True, dir_okay=False), help="With a secret.")
+def fingerprint_files(files: tuple[str, ...], key_file: str | None) -> None:
+    """Print a fingerprint of a dataset: each file is one record, in any order."""
+    key = Path(key_file).read_bytes() if key_file else b""
+    click.echo(fingerprint((Path(file).read_bytes() for file in files), key=key))
 
 
 @budget.command("list")
 @_LEDGER
-def list_budgets(ledger: Path) -> None:
+def list_budgets(ledger: str) -> None:
     """List all budgets and how much of each is used."""
     table = Table("budget", "unit", "epsilon", "delta", "used", "refused")
     with told(), _existing(ledger) as accountant:
@@ -145,7 +240,7 @@ def list_budgets(ledger: Path) -> None:
                 statement.budget.unit,
                 repr(limits.epsilon),
                 repr(limits.delta),
-                f"{statement.share:.1%}",
+                f"{statement.share:.1%}" + (" closed" if statement.closed else ""),
                 str(statement.refused),
             )
     Console().print(table)
@@ -154,7 +249,7 @@ def list_budgets(ledger: Path) -> None:
 @budget.command("show")
 @click.argument("name")
 @_LEDGER
-def show(name: str, ledger: Path) -> None:
+def show(name: str, ledger: str) -> None:
     """Show one budget: its guarantee and what each activity used of it."""
     with told(), _existing(ledger) as accountant:
         statement = accountant.statement(name)
@@ -163,6 +258,16 @@ def show(name: str, ledger: Path) -> None:
         f"{name}: {limits} for life, per {statement.budget.unit}"
         f" under {limits.relation}, {limits.accounting} accounting {limits.version}"
     )
+    if statement.closed:
+        click.echo("closed: it admits nothing any more")
+    for word, other in (
+        ("dataset", statement.budget.dataset),
+        ("made from", ", ".join(statement.budget.lineage)),
+        ("supersedes", statement.budget.supersedes),
+        ("a quota of", statement.budget.quota_of),
+    ):
+        if other:
+            click.echo(f"{word} {other}")
     spent = dict(merged(statement.spent))
     for event, uses in limits.committed:
         click.echo(f"fixed at creation: {uses} uses of {event!r}, {spent.get(event, 0)} used")
@@ -182,7 +287,7 @@ def show(name: str, ledger: Path) -> None:
 @click.argument("name")
 @_event_options
 @_LEDGER
-def plan(name: str, uses: int, ledger: Path, written: str | None, **event: float | None) -> None:
+def plan(name: str, uses: int, ledger: str, written: str | None, **event: float | None) -> None:
     """Say what an operation would cost and how many fit; spends nothing."""
     with told(), _existing(ledger) as accountant:
         asked, with_noise = _event(written, **event)
@@ -206,56 +311,6 @@ def plan(name: str, uses: int, ledger: Path, written: str | None, **event: float
         raise click.exceptions.Exit(REFUSED)
 
 
-@main.group()
-def ledger() -> None:
-    """Read and verify the ledger."""
-
-
-@ledger.command("log")
-@click.argument("name")
-@click.option("--last", type=int, default=20, show_default=True, help="How many entries.")
-@_LEDGER
-def log(name: str, last: int, ledger: Path) -> None:
-    """Print the last entries of a budget."""
-    with told(), _existing(ledger) as accountant:
-        statement = accountant.statement(name)
-    table = Table("seq", "time (UTC)", "kind", "uses", "event", "activity", "used after")
-    for line in statement.lines[-last:]:
-        entry = line.entry
-        when = datetime.fromtimestamp(entry.time / 1e6, UTC)
-        _add_row(
-            table,
-            str(entry.seq),
-            f"{when:%Y-%m-%d %H:%M:%S}",
-            entry.kind.name.lower() + (f" x{entry.times}" if entry.times > 1 else ""),
-            str(entry.uses or ""),
-            repr(line.event) if line.event else "",
-            entry.activity,
-            f"{line.share:.2%}",
-        )
-    Console().print(table)
-
-
-@ledger.command("verify")
-@_LEDGER
-def verify(ledger: Path) -> None:
-    """Replay every entry and compare: chain, prices, sums, limits. Exit code 4 if not clean."""
-    with told(), _existing(ledger) as accountant:
-        found = accountant.verify()
-    for checked in found.budgets:
-        state = "clean" if not checked.problems else f"{len(checked.problems)} problems"
-        click.echo(
-            f"{checked.budget}: {checked.entries} entries, head {checked.head[:16]}, {state}"
-        )
-        for problem in checked.problems:
-            click.echo(f"  {problem}", err=True)
-    for stray in found.strays:
-        click.echo(f"rows of a budget that does not exist: {stray!r}", err=True)
-    click.echo(f"rollback: {found.rollback}")
-    if not found.clean:
-        raise click.exceptions.Exit(CONTRADICTION)
-
-
 @main.command()
 @click.argument("name")
 @click.option(
@@ -266,7 +321,7 @@ def verify(ledger: Path) -> None:
     help="Folder for the HTML, the JSON and the plots.",
 )
 @_LEDGER
-def report(name: str, out: Path, ledger: Path) -> None:
+def report(name: str, out: Path, ledger: str) -> None:
     """Write the compliance report of a budget: HTML, JSON and plots."""
     with told(), _existing(ledger) as accountant:
         written = write_report(accountant.statement(name), accountant.verify(), out)
@@ -288,20 +343,6 @@ def demo(out: Path) -> None:
         from epsledger.demo import run
 
         run(out)
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Add a row of plain text: what callers wrote is not markup."""
-    table.add_row(*map(Text, cells))
-
-
-def _existing(ledger: Path) -> Accountant:
-    """Open a ledger that is there: a mistyped path must not become an empty ledger."""
-    if not ledger.exists():
-        raise click.ClickException(
-            f"no ledger at {ledger}; give --ledger or EPSLEDGER_LEDGER, or create a budget first"
-        )
-    return Accountant.open(ledger)
 
 
 def _event(

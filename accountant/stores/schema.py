@@ -1,21 +1,18 @@
 """The tables, as SQLModel classes; they never leave this folder.
 
 Entries and events are append-only, and budgets never go back: triggers refuse it. Triggers
-stop accidents. Against whoever owns the file, the chain makes edits evident.
+stop accidents. Against whoever owns the database, the chain makes edits evident.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sqlalchemy import DDL, MetaData, event
+from sqlalchemy import DDL, BigInteger, MetaData, event
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
-from accountant.errors import LedgerCorrupt
-from dp import Price
-
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x65707364
 """``epsd``: marks an SQLite file as a ledger of epsledger."""
 
@@ -26,23 +23,31 @@ class _Table(SQLModel, registry=_registry):
     """A registry of its own, so that the ledger's tables never mix with an application's."""
 
 
-class BudgetRow(_Table, table=True):
-    """One budget: its frozen record, and the head and totals that its entries come to."""
+def _whole(**arguments: Any) -> Any:
+    return Field(sa_type=BigInteger, **arguments)
 
+
+class _Ledger(_Table, table=True):
+    __tablename__: ClassVar[str] = "epsledger_ledger"
+
+    id: str = Field(primary_key=True)
+    schema_version: int
+
+
+class _Budget(_Table, table=True):
     __tablename__: ClassVar[str] = "epsledger_budget"
 
     name: str = Field(primary_key=True)
     record: bytes
-    seq: int
+    seq: int = _whole()
     head: bytes
-    time: int
+    time: int = _whole()
     totals: bytes
     pending: str
+    closed: bool
 
 
-class EventRow(_Table, table=True):
-    """An event that was asked for, with the price that is frozen for this budget."""
-
+class _Event(_Table, table=True):
     __tablename__: ClassVar[str] = "epsledger_event"
 
     budget: str = Field(primary_key=True)
@@ -51,119 +56,135 @@ class EventRow(_Table, table=True):
     price: bytes
 
 
-class EntryRow(_Table, table=True):
-    """One entry, packed, and its digest."""
-
+class _Entry(_Table, table=True):
     __tablename__: ClassVar[str] = "epsledger_entry"
 
     budget: str = Field(primary_key=True)
-    seq: int = Field(primary_key=True)
+    seq: int = _whole(primary_key=True, sa_column_kwargs={"autoincrement": False})
     body: bytes
     digest: bytes
 
 
-class ReservationRow(_Table, table=True):
-    """One reservation: what its entries come to, and the secret of its holder."""
-
+class _Reservation(_Table, table=True):
     __tablename__: ClassVar[str] = "epsledger_reservation"
 
     budget: str = Field(primary_key=True)
-    seq: int = Field(primary_key=True)
+    seq: int = _whole(primary_key=True, sa_column_kwargs={"autoincrement": False})
     event: bytes
-    uses: int
+    uses: int = _whole()
     holder: str
     charged: bytes
-    marked: int
+    marked: int = _whole()
     open: bool
+    lease: bool
 
 
-class KeyRow(_Table, table=True):
-    """One idempotency key, and the answer that was released for it."""
-
+class _Key(_Table, table=True):
     __tablename__: ClassVar[str] = "epsledger_key"
 
     budget: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
     payload: bytes
-    seq: int
+    seq: int = _whole()
     digest: bytes
     answer: bytes | None = None
 
 
+class _Checkpoint(_Table, table=True):
+    __tablename__: ClassVar[str] = "epsledger_checkpoint"
+
+    number: int = _whole(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    note: str
+
+
 METADATA = _Table.metadata
+LEDGER = METADATA.tables["epsledger_ledger"]
 BUDGET = METADATA.tables["epsledger_budget"]
 EVENT = METADATA.tables["epsledger_event"]
 ENTRY = METADATA.tables["epsledger_entry"]
 RESERVATION = METADATA.tables["epsledger_reservation"]
 KEY = METADATA.tables["epsledger_key"]
+CHECKPOINT = METADATA.tables["epsledger_checkpoint"]
 
-_LANE_BYTES = 16
-
-
-def pack_lanes(lanes: Price) -> bytes:
-    """Return lanes as 128-bit little-endian integers: no sum of them can overflow.
-
-    >>> unpack_lanes(pack_lanes((1, 2**96)))
-    (1, 79228162514264337593543950336)
-    """
-    return b"".join(lane.to_bytes(_LANE_BYTES, "little") for lane in lanes)
-
-
-def unpack_lanes(packed: bytes) -> Price:
-    """Return the lanes that :func:`pack_lanes` packed.
-
-    Raises:
-        LedgerCorrupt: If these are not whole lanes.
-    """
-    if len(packed) % _LANE_BYTES:
-        raise LedgerCorrupt(f"lanes of {len(packed)} bytes")
-    return tuple(
-        int.from_bytes(packed[at : at + _LANE_BYTES], "little")
-        for at in range(0, len(packed), _LANE_BYTES)
-    )
-
-
-def _forbid(table: str, what: str, when: str = "") -> str:
-    name = f"{table}_{what.split(maxsplit=1)[0].lower()}"
-    condition = f"WHEN {when} " if when else ""
-    return (
-        f"CREATE TRIGGER {name} BEFORE {what} ON {table} {condition}"
-        f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: {table}'); END"
-    )
-
-
-def _forbid_twice(table: str, *keys: str) -> str:
-    """Refuse ``INSERT OR REPLACE``, which would go past the DELETE trigger."""
-    same = " AND ".join(f"{key} = NEW.{key}" for key in keys)
-    exists = f"EXISTS (SELECT 1 FROM {table} WHERE {same})"  # noqa: S608 - names of ours
-    return _forbid(table, "INSERT", exists)
-
-
-_TRIGGERS = [
-    _forbid_twice("epsledger_budget", "name"),
-    _forbid_twice("epsledger_event", "budget", "digest"),
-    _forbid_twice("epsledger_entry", "budget", "seq"),
-    _forbid_twice("epsledger_reservation", "budget", "seq"),
-    _forbid_twice("epsledger_key", "budget", "key"),
-    _forbid("epsledger_entry", "UPDATE"),
-    _forbid("epsledger_entry", "DELETE"),
-    _forbid("epsledger_event", "UPDATE"),
-    _forbid("epsledger_event", "DELETE"),
-    _forbid(
+_RULES: tuple[tuple[str, str, str], ...] = (
+    ("epsledger_entry", "UPDATE", ""),
+    ("epsledger_entry", "DELETE", ""),
+    ("epsledger_event", "UPDATE", ""),
+    ("epsledger_event", "DELETE", ""),
+    (
         "epsledger_budget",
         "UPDATE",
-        "NEW.name <> OLD.name OR NEW.record <> OLD.record OR NEW.seq < OLD.seq",
+        (
+            "NEW.name <> OLD.name OR NEW.record <> OLD.record OR NEW.seq < OLD.seq"
+            " OR (OLD.closed AND NOT NEW.closed)"
+        ),
     ),
-    _forbid("epsledger_budget", "DELETE"),
-    _forbid(
+    ("epsledger_budget", "DELETE", ""),
+    (
         "epsledger_reservation",
         "UPDATE",
-        "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged"
-        " OR NEW.marked < OLD.marked OR NEW.open > OLD.open",
+        (
+            "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged OR NEW.marked < OLD.marked"
+            " OR NEW.lease <> OLD.lease OR (NEW.open AND NOT OLD.open)"
+        ),
     ),
-    _forbid("epsledger_reservation", "DELETE"),
-    _forbid("epsledger_key", "UPDATE", "OLD.answer IS NOT NULL OR NEW.payload <> OLD.payload"),
-]
+    ("epsledger_reservation", "DELETE", ""),
+    ("epsledger_key", "UPDATE", "OLD.answer IS NOT NULL OR NEW.payload <> OLD.payload"),
+    (
+        "epsledger_ledger",
+        "UPDATE",
+        "NEW.id <> OLD.id OR NEW.schema_version < OLD.schema_version",
+    ),
+    ("epsledger_ledger", "DELETE", ""),
+    ("epsledger_checkpoint", "UPDATE", ""),
+    ("epsledger_checkpoint", "DELETE", ""),
+)
+"""What nobody may do: table, statement, and when."""
 
-for _statement in _TRIGGERS:
-    event.listen(METADATA, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]
+
+def sqlite_triggers() -> list[str]:
+    """Return the statements that make the rules hold in SQLite."""
+    # INSERT OR REPLACE would go past a DELETE trigger.
+    twice = []
+    for table in METADATA.sorted_tables:
+        same = " AND ".join(f"{key.name} = NEW.{key.name}" for key in table.primary_key)
+        exists = f"EXISTS (SELECT 1 FROM {table.name} WHERE {same})"  # noqa: S608 - names of ours
+        twice.append((table.name, "INSERT", exists))
+    return [
+        f"CREATE TRIGGER {table}_{what.lower()} BEFORE {what} ON {table}"
+        + (f" WHEN {when}" if when else "")
+        + f" BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: {table}'); END"
+        for table, what, when in (*twice, *_RULES)
+    ]
+
+
+def postgres_triggers() -> list[str]:
+    """Return the statements that make the rules hold in PostgreSQL."""
+    function = (
+        "CREATE FUNCTION epsledger_append_only() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'the ledger is append-only: %', TG_TABLE_NAME; END $$"
+    )
+    truncated = [
+        f"CREATE TRIGGER {table.name}_truncate BEFORE TRUNCATE ON {table.name}"
+        " FOR EACH STATEMENT EXECUTE FUNCTION epsledger_append_only()"
+        for table in METADATA.sorted_tables
+    ]
+    return [
+        function,
+        *truncated,
+        *(
+            f"CREATE TRIGGER {table}_{what.lower()} BEFORE {what} ON {table} FOR EACH ROW"
+            + (f" WHEN ({when})" if when else "")
+            + " EXECUTE FUNCTION epsledger_append_only()"
+            for table, what, when in _RULES
+        ),
+    ]
+
+
+for _dialect, _statements in (("sqlite", sqlite_triggers()), ("postgresql", postgres_triggers())):
+    for _statement in _statements:
+        event.listen(
+            METADATA,
+            "after_create",
+            DDL(_statement.replace("%", "%%")).execute_if(dialect=_dialect),  # type: ignore[no-untyped-call]
+        )

@@ -2,46 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, select
 
 from accountant.errors import UnknownBudget
-from accountant.stores.schema import BUDGET, ENTRY, EVENT, KEY, RESERVATION
+from accountant.stores.rows import BudgetRow, CheckpointRow, Spent
+from accountant.stores.schema import BUDGET, CHECKPOINT, ENTRY, EVENT, KEY, RESERVATION
+from accountant.stores.statements import SPEND_KINDS, Statements
+from accountant.stores.transaction import Remembered
 
 
-class Snapshot:
-    """One consistent state of the ledger, to read."""
+class Snapshot(Protocol):
+    """One consistent state of a ledger, to read; what is stored, not what it ought to be.
 
-    def __init__(self, connection: Connection, check_row: Callable[[Any], None]) -> None:
-        self._connection, self._check_row = connection, check_row
+    Attributes:
+        ledger: Identity of the ledger.
+        remembered: What this process, or an earlier one on this machine, saw of it.
+    """
+
+    ledger: str
+    remembered: Remembered
+
+    def budgets(self) -> list[str]:
+        """Return the names of all budgets, sorted."""
+
+    def row(self, budget: str) -> BudgetRow:
+        """Return the stored row of a budget.
+
+        Raises:
+            UnknownBudget: If there is none.
+            LedgerCorrupt: If it went back since it was last seen.
+        """
+
+    def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
+        """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
+
+    def events(self, budget: str) -> list[Any]:
+        """Return the stored events of a budget: rows of digest, encoded, price."""
+
+    def reservations(self, budget: str) -> list[Any]:
+        """Return the stored reservations of a budget."""
+
+    def keys(self, budget: str) -> list[Any]:
+        """Return the stored idempotency keys of a budget."""
+
+    def spent(self, budget: str) -> list[Spent]:
+        """Return what the entries of a budget charged at once, added up by the database."""
+
+    def read_digest(self, budget: str, seq: int) -> bytes | None:
+        """Return the digest of an entry, or None."""
+
+    def checkpoints(self) -> list[CheckpointRow]:
+        """Return the signed checkpoints that were made, in order."""
+
+    def strays(self) -> list[str]:
+        """Return the names under which rows are stored that no budget has."""
+
+
+class SqlSnapshot:
+    """A read transaction of a SQL database."""
+
+    def __init__(
+        self, ledger: str, connection: Connection, statements: Statements, remembered: Remembered
+    ) -> None:
+        self.ledger, self.remembered = ledger, remembered
+        self._connection, self._statements = connection, statements
 
     def budgets(self) -> list[str]:
         """Return the names of all budgets, sorted."""
         return list(self._connection.execute(select(BUDGET.c.name).order_by("name")).scalars())
 
-    def row(self, budget: str) -> Any:
+    def row(self, budget: str) -> BudgetRow:
         """Return the stored row of a budget.
 
         Raises:
             UnknownBudget: If there is none.
-            LedgerCorrupt: If it went back since this process last saw it.
+            LedgerCorrupt: If it went back since it was last seen.
         """
-        row = self._connection.execute(select(BUDGET).where(BUDGET.c.name == budget)).first()
-        if row is None:
+        found = self._connection.execute(select(BUDGET).where(BUDGET.c.name == budget)).first()
+        if found is None:
             raise UnknownBudget(budget)
-        self._check_row(row)
+        row = BudgetRow(*found)
+        self.remembered.check_not_back(row, self)
         return row
 
-    def entries(self, budget: str) -> Iterator[Any]:
-        """Yield the stored entries of a budget by ``seq``: rows of seq, body, digest."""
+    def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
+        """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
         query = (
             select(ENTRY.c.seq, ENTRY.c.body, ENTRY.c.digest)
             .where(ENTRY.c.budget == budget)
             .order_by(ENTRY.c.seq)
         )
-        yield from self._connection.execution_options(yield_per=1000).execute(query)
+        rows = self._connection.execution_options(yield_per=2000).execute(query)
+        for part in rows.partitions():
+            yield from part
 
     def events(self, budget: str) -> list[Any]:
         """Return the stored events of a budget: rows of digest, encoded, price."""
@@ -54,6 +110,21 @@ class Snapshot:
     def keys(self, budget: str) -> list[Any]:
         """Return the stored idempotency keys of a budget."""
         return self._all(KEY, budget)
+
+    def spent(self, budget: str) -> list[Spent]:
+        """Return what the entries of a budget charged at once, added up by the database."""
+        rows = self._connection.exec_driver_sql(self._statements.spent, (budget, *SPEND_KINDS))
+        return [Spent(event, int.from_bytes(uses, "little"), times) for event, uses, times in rows]
+
+    def read_digest(self, budget: str, seq: int) -> bytes | None:
+        """Return the digest of an entry, or None."""
+        query = select(ENTRY.c.digest).where(ENTRY.c.budget == budget, ENTRY.c.seq == seq)
+        return self._connection.execute(query).scalar()
+
+    def checkpoints(self) -> list[CheckpointRow]:
+        """Return the signed checkpoints that were made, in order."""
+        query = select(CHECKPOINT).order_by(CHECKPOINT.c.number)
+        return [CheckpointRow(*row) for row in self._connection.execute(query)]
 
     def strays(self) -> list[str]:
         """Return the names under which rows are stored that no budget has."""

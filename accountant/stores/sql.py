@@ -1,82 +1,57 @@
-"""The SQL store: SQLite through SQLAlchemy Core. The only file that talks to a database.
+"""What the SQL stores share: reads and writes under the lock, and the order of a transaction.
 
-A write transaction starts with ``BEGIN IMMEDIATE``: with the default of SQLAlchemy and SQLModel
-on SQLite, two threads read the same totals and overspend without an error. ``synchronous=FULL``
-makes a commit survive a power cut.
+The write path speaks to the driver directly: composing a statement in SQLAlchemy costs more
+than SQLite needs to run it. Schema and snapshots go through SQLAlchemy.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import (
-    URL,
-    Connection,
-    Engine,
-    create_engine,
-    event,
-    make_url,
-)
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from accountant.budgets import Budget
-from accountant.errors import (
-    LedgerCorrupt,
-    LedgerUnavailable,
-    OutcomeUnknown,
-    SchemaMismatch,
-)
-from accountant.stores.schema import (
-    APPLICATION_ID,
-    METADATA,
-    SCHEMA_VERSION,
-)
-from accountant.stores.snapshot import Snapshot
-from accountant.stores.transaction import SqlTransaction, translated
-from dp import Event, Price
+from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, OutcomeUnknown
+from accountant.marks import HighWaterMarks
+from accountant.stores.rows import BudgetRow, EventRow, KeyRow, ReservationRow, Spent
+from accountant.stores.snapshot import SqlSnapshot
+from accountant.stores.statements import SPEND_KINDS, Statements, bound
+from accountant.stores.transaction import Remembered, Transaction
 
-_PATIENCE_SECONDS = 30
+_Row = TypeVar("_Row", EventRow, ReservationRow, KeyRow)
 
 
-class SqlStore:
-    """A ledger in an SQLite file.
+class SqlStore(ABC):
+    """The part of a SQL store that does not depend on the database.
 
-    Args:
-        location: Path of the file, or an ``sqlite:///`` URL. A missing file is created.
+    A subclass opens the connections, takes the lock, and knows the driver's errors.
 
-    Raises:
-        LedgerUnavailable: If it cannot be opened or is some other program's database.
-        LedgerCorrupt: If it is not a database.
-        SchemaMismatch: If another schema version wrote it.
+    Attributes:
+        ledger: Identity of the ledger, 32 hexadecimal digits.
+        remembered: What this process saw of it.
+        marks: What this machine's clients saw of it, or None where that cannot be kept.
     """
 
-    def __init__(self, location: str | Path) -> None:
-        self.url = _url(location)
+    statements: ClassVar[Statements]
+
+    def __init__(self, url: URL, engine: Engine) -> None:
+        self.url, self.engine = url, engine
         self._process = os.getpid()
-        self.engine = create_engine(self.url, max_overflow=-1)
-        event.listen(self.engine, "connect", _configure)
-        event.listen(self.engine, "begin", _begin)
-        self._writer = self.engine.execution_options(ledger_write=True)
-        self._connection: Connection | None = None
-        self._log: tuple[int, int] | None = None
-        # What is durable and immutable, or must not go back, remembered between transactions.
-        self.prices: dict[tuple[str, Event], tuple[bytes, Price]] = {}
-        self.budgets: dict[str, tuple[bytes, Budget]] = {}
-        self.seen: dict[str, tuple[int, bytes]] = {}
-        with translated(self.url):
-            self._path = _prepare(self.engine, self._writer)
-            self._file = _inode(self._path)
-            self._check_file()
+        self._connection: Any = None
+        self.remembered = Remembered()
+        with self.translated():
+            self.ledger = self._prepare()
+        self.marks = HighWaterMarks.open(self.ledger)
+        if self.marks is not None:
+            self.remembered.seen.update(self.marks.read())
 
     @contextmanager
-    def transaction(self) -> Iterator[SqlTransaction]:
-        """Hold the write lock; write back and commit on leaving, or roll back.
+    def transaction(self, names: frozenset[str]) -> Iterator[Transaction]:
+        """Hold the lock of these budgets; write back and commit on leaving, or roll back.
 
         For one thread at a time: the writer thread of the accountant.
 
@@ -84,82 +59,39 @@ class SqlStore:
             LedgerUnavailable: If the lock was not had or a write failed; nothing was charged.
             OutcomeUnknown: If the commit failed.
         """
-        with translated(self.url):
-            if self._connection is None:
-                self._connection, self._log = self._writer.connect(), None
-            connection = self._connection
-            transaction = connection.begin()
         try:
-            self._log = self._log or _inode(f"{self._path}-wal")
-            self._check_file()
-            tx = SqlTransaction(self, connection)
-            yield tx
-            with translated(self.url):
+            with self.translated():
+                if self._connection is None:
+                    self._connection = self._connect()
+                self._begin(names)
+                tx = Transaction(self, self.remembered, names)
+                yield tx
                 tx.write_back()
         except BaseException:
-            self._roll_back(transaction)
+            self._roll_back()
             raise
         try:
-            transaction.commit()
-            self._check_file()
+            self._commit()
         except BaseException as error:
             self._discard()
             raise OutcomeUnknown(
-                f"{self.url.database}: the commit failed ({error}); count it as spent"
+                f"{self.place}: the commit failed ({error}); count it as spent"
             ) from error
-        tx.remember()
-
-    def _roll_back(self, transaction: Any) -> None:
-        try:
-            transaction.rollback()
-        except SQLAlchemyError:
-            self._discard()
-
-    def _discard(self) -> None:
-        """Close a connection that may still be in its transaction; the next one is new."""
-        if self._connection is not None:
-            self._connection.invalidate()
-            self._connection.close()
-            self._connection = None
+        heads = tx.remember()
+        if self.marks is not None:
+            self.marks.raise_to(heads)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
+    def snapshot(self) -> Iterator[SqlSnapshot]:
         """Read one consistent state; writers are not held up."""
         self.check_process()
-        with translated(self.url), self.engine.connect() as connection, connection.begin():
-            self._check_file()
-            yield Snapshot(connection, self.check_not_back)
+        with self.translated(), self._reading() as connection:
+            yield SqlSnapshot(self.ledger, connection, self.statements, self.remembered)
 
-    def check_not_back(self, row: Any) -> None:
-        """Raise if a budget's row is older than one that this process has seen.
-
-        Raises:
-            LedgerCorrupt: If an older copy of the ledger was put in its place.
-        """
-        seen = self.seen.get(row.name)
-        if seen is not None and (row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])):
-            raise LedgerCorrupt(
-                f"budget {row.name!r} went back to entry {row.seq} after entry {seen[0]} was seen"
-            )
-
-    def _check_file(self) -> None:
-        """Raise if the files at the ledger's path are no longer the ones that are open.
-
-        Closing any other handle on the file in this process drops SQLite's locks; another
-        process may then take the write-ahead log away, and what is committed to it is lost.
-        A second name (hard link) would have a log of its own.
-        """
-        moved = _inode(self._path) != self._file
-        if moved or (self._log is not None and _inode(f"{self._path}-wal") != self._log):
-            raise LedgerUnavailable(
-                f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
-                " open; open it again, and never open, copy or hash the file in a process that"
-                " has it open as a ledger"
-            )
-        if Path(self._path).stat().st_nlink != 1:
-            raise LedgerUnavailable(
-                f"{self._path} has a second name (hard link); remove that first"
-            )
+    @property
+    def place(self) -> str:
+        """What errors call the ledger."""
+        return self.url.render_as_string(hide_password=True)
 
     def check_process(self) -> None:
         """Raise in a forked child: it must not use the parent's connections, nor its locks."""
@@ -172,94 +104,142 @@ class SqlStore:
         """Close every connection; in a forked child, touch none of the parent's."""
         if os.getpid() != self._process:
             return
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._discard()
         self.engine.dispose()
+        if self.marks is not None:
+            self.marks.close()
 
-
-def _url(location: str | Path) -> URL:
-    if isinstance(location, str) and "://" in location:
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn the errors of driver and SQLAlchemy into ours."""
         try:
-            url = make_url(location)
-        except ArgumentError as error:
-            raise LedgerUnavailable(f"{location!r} is neither a path nor a URL") from error
-        if url.drivername not in ("sqlite", "sqlite+pysqlite"):
-            raise LedgerUnavailable(f"{url.render_as_string()}: only sqlite:/// ledgers so far")
-    else:
-        url = URL.create("sqlite", database=str(location))
-    if not url.database or url.database == ":memory:":
-        raise LedgerUnavailable("a ledger must outlive its process: name a file")
-    return url
+            yield
+        except AccountantError:
+            raise
+        except SQLAlchemyError as error:
+            raise self._translate(getattr(error, "orig", None) or error) from error
+        except Exception as error:
+            if isinstance(error, self._driver_error):
+                raise self._translate(error) from error
+            raise
 
+    # What the rules read and write while the lock is held.
 
-def _configure(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver starts no transaction of its own
-    # A tampered value must reach verify, not fail in the driver.
-    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-    connection.execute("PRAGMA busy_timeout=30000")
-    # In this order: another process may be making the file a ledger right now.
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    if tables and application != APPLICATION_ID:
-        raise LedgerUnavailable("this is a database of another program, not a ledger")
-    mode = _turn_to_wal(connection)
-    if mode != "wal":
-        raise LedgerUnavailable(f"SQLite answered journal mode {mode!r} instead of 'wal'")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA fullfsync=1")
+    def read_budgets(self, names: Sequence[str]) -> list[BudgetRow]:
+        """Return the rows of these budgets, locked until the transaction ends."""
+        if not names:
+            return []
+        return [
+            BudgetRow._make(row)
+            for row in self._execute(self.statements.budgets(len(names)), names)
+        ]
 
+    def read_records(self) -> list[bytes]:
+        """Return the records of all budgets."""
+        return [record for (record,) in self._execute(self.statements.records, ())]
 
-def _turn_to_wal(connection: Any) -> str:
-    """Return the journal mode; SQLite does not wait by itself while others open the same file."""
-    patience = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > patience:
-                raise
-            time.sleep(0.01)
-        else:
-            return str(mode)
+    def read_event(self, budget: str, digest: bytes) -> EventRow | None:
+        """Return a stored event, or None."""
+        return self._one(EventRow, budget, digest)
 
+    def read_reservation(self, budget: str, seq: int) -> ReservationRow | None:
+        """Return a reservation, or None."""
+        return self._one(ReservationRow, budget, seq)
 
-def _begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("ledger_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    def read_key(self, budget: str, key: str) -> KeyRow | None:
+        """Return an idempotency key, or None."""
+        return self._one(KeyRow, budget, key)
 
+    def read_open_reservations(self, budget: str) -> list[int]:
+        """Return the ``seq`` of the reservations of a budget that have not ended."""
+        return [seq for (seq,) in self._execute(self.statements.open_reservations, (budget,))]
 
-def _prepare(engine: Engine, writer: Engine) -> str:
-    """Make an empty file a ledger, check the schema version, and return the file's path."""
-    with engine.connect() as connection:
-        path = str(connection.exec_driver_sql("PRAGMA database_list").one()[2])
-        if _is_ledger(connection, path):
-            return path
-    with writer.begin() as connection:
-        if not _is_ledger(connection, path):
-            METADATA.create_all(connection, checkfirst=False)
-            connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
-    return path
+    def read_spent(self, budget: str) -> list[Spent]:
+        """Return what the entries of a budget spent, added up; reservations by their marks."""
+        charged = self._execute(self.statements.spent, (budget, *SPEND_KINDS))
+        held = self._execute(self.statements.held, (budget,))
+        return [
+            *(
+                Spent(event, int.from_bytes(uses, "little"), times)
+                for event, uses, times in charged
+            ),
+            *(Spent(*row) for row in held if row[1]),
+        ]
 
+    def read_checkpoints(self) -> int:
+        """Return how many checkpoints there are."""
+        ((count,),) = self._execute(self.statements.checkpoints, ())
+        return int(count)
 
-def _is_ledger(connection: Connection, path: str) -> bool:
-    """Return False if the file is empty; raise if another schema version wrote it."""
-    if not connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar():
-        return False
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-    if version != SCHEMA_VERSION:
-        raise SchemaMismatch(
-            f"{path} has ledger schema {version}, this epsledger reads {SCHEMA_VERSION};"
-            " use the version that wrote it"
-        )
-    return True
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, or None if there is none."""
-    try:
-        found = Path(path).stat()
-    except FileNotFoundError:
+    def read_digest(self, budget: str, seq: int) -> bytes | None:
+        """Return the digest of an entry, or None."""
+        for (digest,) in self._execute(self.statements.digest, (budget, seq)):
+            return bytes(digest)
         return None
-    return found.st_dev, found.st_ino
+
+    def insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Add rows, all of one class."""
+        self._execute_many(self.statements.inserts[type(rows[0])], rows)
+
+    def update(self, rows: Sequence[tuple[Any, ...]], before: Sequence[Any]) -> None:
+        """Replace rows, all of one class; a budget only if its ``seq`` is still the one before."""
+        values = [bound(new, old) for new, old in zip(rows, before, strict=True)]
+        if self._execute_many(self.statements.updates[type(rows[0])], values) != len(rows):
+            raise LedgerCorrupt(f"{self.place}: a row changed under the write lock")
+
+    def _one(self, kind: type[_Row], *key: Any) -> _Row | None:
+        for row in self._execute(self.statements.by_key[kind], key):
+            return kind(*row)
+        return None
+
+    def warnings(self) -> list[str]:
+        """Return what could lose acknowledged charges here."""
+        return []
+
+    # What a subclass knows.
+
+    _driver_error: type[Exception]
+
+    @abstractmethod
+    def covers(self, names: frozenset[str]) -> bool:
+        """Say whether the transaction in hand holds the lock of these budgets."""
+
+    @abstractmethod
+    def _prepare(self) -> str:
+        """Make an empty database a ledger, check its version, and return the ledger's id."""
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """Return a new driver connection for the write path."""
+
+    @abstractmethod
+    def _begin(self, names: frozenset[str]) -> None:
+        """Start a write transaction that holds what these names need, or may wait for it."""
+
+    @abstractmethod
+    def _commit(self) -> None:
+        """Commit; return only when it is durable."""
+
+    @abstractmethod
+    def _roll_back(self) -> None:
+        """Undo the transaction, whatever state it is in."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Close a connection that may still be in its transaction; the next one is new."""
+
+    @abstractmethod
+    def _execute(self, statement: str, values: Sequence[Any]) -> Sequence[Any]:
+        """Run one statement and return its rows."""
+
+    @abstractmethod
+    def _execute_many(self, statement: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Run one statement for each row of values; return how many rows it changed."""
+
+    @abstractmethod
+    def _reading(self) -> AbstractContextManager[Connection]:
+        """Return a connection in a read transaction of one consistent state."""
+
+    @abstractmethod
+    def _translate(self, error: BaseException) -> AccountantError:
+        """Return our error for one of the driver's."""

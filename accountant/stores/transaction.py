@@ -1,92 +1,148 @@
-"""Writing: the state that the rules see while the store holds the write lock."""
+"""The state that the rules see while a store holds its lock, and what they changed in it.
+
+No SQL: a store shows its rows through :class:`Tables` and takes back what changed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-from sqlalchemy import URL, Connection, bindparam, insert, select, update
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from accountant.budgets import Budget
-from accountant.errors import LedgerCorrupt, LedgerUnavailable, UnknownBudget
+from accountant.errors import InvalidRequest, LedgerCorrupt, UnknownBudget
 from accountant.ledger import Book, Hold, Keyed
-from accountant.stores.schema import (
-    BUDGET,
-    ENTRY,
-    EVENT,
-    KEY,
-    RESERVATION,
+from accountant.requests import WHOLE_LEDGER, Uses
+from accountant.stores.rows import (
+    BudgetRow,
+    CheckpointRow,
+    EntryRow,
+    EventRow,
+    KeyRow,
+    ReservationRow,
+    Spent,
     pack_lanes,
     unpack_lanes,
 )
 from dp import Event, Price
-from dp.codec import digest, encode
-
-if TYPE_CHECKING:
-    from accountant.stores.sql import SqlStore
-
-# Built once: composing a statement costs more than running it.
-_BUDGET_BY_NAME = select(BUDGET).where(BUDGET.c.name == bindparam("of"))
-_PRICE_BY_DIGEST = select(EVENT.c.price).where(
-    EVENT.c.budget == bindparam("of"), EVENT.c.digest == bindparam("at")
-)
-_RESERVATION_BY_SEQ = select(RESERVATION).where(
-    RESERVATION.c.budget == bindparam("of"), RESERVATION.c.seq == bindparam("at")
-)
-_KEY_BY_NAME = select(KEY).where(KEY.c.budget == bindparam("of"), KEY.c.key == bindparam("at"))
-_INSERTS = {table: insert(table) for table in (BUDGET, EVENT, ENTRY, RESERVATION, KEY)}
-_UPDATE_BUDGET = (
-    update(BUDGET)
-    .where(BUDGET.c.name == bindparam("of"), BUDGET.c.seq == bindparam("before"))
-    .values({name: bindparam(name) for name in ("seq", "head", "time", "totals", "pending")})
-)
-_UPDATE_RESERVATION = (
-    update(RESERVATION)
-    .where(RESERVATION.c.budget == bindparam("of"), RESERVATION.c.seq == bindparam("at"))
-    .values(marked=bindparam("marked"), open=bindparam("open"))
-)
-_UPDATE_KEY = (
-    update(KEY)
-    .where(KEY.c.budget == bindparam("of"), KEY.c.key == bindparam("at"))
-    .values(answer=bindparam("answer"))
-)
+from dp.codec import decode, digest, encode
 
 _CACHED_PRICES = 4096
 
 
-class SqlTransaction:
-    """The state as the rules see it while the store holds the write lock."""
+class Tables(Protocol):
+    """What a store shows while it holds its lock, and takes back before it commits."""
 
-    def __init__(self, store: SqlStore, connection: Connection) -> None:
-        self._store, self._connection = store, connection
-        self._books: dict[str, tuple[Book, int, str]] = {}
-        self._new_books: list[Book] = []
-        self._holds: dict[tuple[str, int], tuple[Hold, tuple[int, bool]]] = {}
-        self._new_holds: list[tuple[str, Hold]] = []
-        self._keyed: dict[tuple[str, str], tuple[Keyed, bytes | None]] = {}
-        self._new_keyed: list[tuple[str, Keyed]] = []
+    def read_budgets(self, names: Sequence[str]) -> Iterable[BudgetRow]:
+        """Return the rows of these budgets, locked until the transaction ends."""
+
+    def read_records(self) -> Iterable[bytes]:
+        """Return the records of all budgets."""
+
+    def read_event(self, budget: str, digest: bytes) -> EventRow | None:
+        """Return a stored event, or None."""
+
+    def read_reservation(self, budget: str, seq: int) -> ReservationRow | None:
+        """Return a reservation, or None."""
+
+    def read_open_reservations(self, budget: str) -> Iterable[int]:
+        """Return the ``seq`` of the reservations of a budget that have not ended."""
+
+    def read_spent(self, budget: str) -> Iterable[Spent]:
+        """Return what the entries of a budget spent, added up; reservations by their marks."""
+
+    def read_key(self, budget: str, key: str) -> KeyRow | None:
+        """Return an idempotency key, or None."""
+
+    def read_checkpoints(self) -> int:
+        """Return how many checkpoints there are."""
+
+    def read_digest(self, budget: str, seq: int) -> bytes | None:
+        """Return the digest of an entry, or None."""
+
+    def insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Add rows, all of one class."""
+
+    def update(self, rows: Sequence[tuple[Any, ...]], before: Sequence[Any]) -> None:
+        """Replace rows, all of one class; a budget only if its ``seq`` is still the one before.
+
+        Raises:
+            LedgerCorrupt: If one of them changed meanwhile.
+        """
+
+
+@dataclass(slots=True)
+class Remembered:
+    """What a process keeps between transactions: the immutable, and what must not go back."""
+
+    prices: dict[tuple[str, Event], tuple[bytes, Price]] = field(default_factory=dict)
+    budgets: dict[str, tuple[bytes, Budget]] = field(default_factory=dict)
+    seen: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set)
+
+    def check_not_back(self, row: BudgetRow, tables: Any) -> None:
+        """Raise if a budget is older than, or another one than, what was seen of it.
+
+        Raises:
+            LedgerCorrupt: If an older copy of the ledger was put in its place, or it is a fork.
+        """
+        seen = self.seen.get(row.name)
+        if seen is None:
+            return
+        gone = row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])
+        if not gone and row.name not in self.checked:
+            gone = row.seq > seen[0] and tables.read_digest(row.name, seen[0]) != seen[1]
+            self.checked.add(row.name)
+        if gone:
+            raise LedgerCorrupt(
+                f"budget {row.name!r} went back to entry {row.seq}, or on from a copy, after entry"
+                f" {seen[0]} ({seen[1].hex()[:16]}...) was seen: what was spent meanwhile is"
+                " missing. Put the newest copy back; if there is none, see docs/recovery.md"
+            )
+
+
+class Transaction:
+    """The state as the rules see it while a store holds its lock."""
+
+    def __init__(self, tables: Tables, remembered: Remembered, names: frozenset[str]) -> None:
+        self._tables, self._remembered = tables, remembered
+        self._books: dict[str, tuple[Book, BudgetRow | None]] = {}
+        self._holds: dict[tuple[str, int], tuple[Hold, ReservationRow | None]] = {}
+        self._keyed: dict[tuple[str, str], tuple[Keyed, KeyRow | None]] = {}
         self._priced: dict[tuple[str, bytes], tuple[Event, bytes, Price]] = {}
         self._kept: dict[tuple[str, bytes], tuple[Event, bytes, Price]] = {}
+        self._notes: list[str] = []
+        self._loaded: set[str] = set()
+        self._broken: dict[str, Exception] = {}
+        self._load(sorted(names - {WHOLE_LEDGER}))
+
+    def _load(self, names: Sequence[str]) -> None:
+        self._loaded.update(names)
+        for row in self._tables.read_budgets(names):
+            try:
+                self._remembered.check_not_back(row, self._tables)
+                self._books[row.name] = (self._book(row), row)
+            except (LedgerCorrupt, ValueError) as error:  # of this budget alone
+                self._broken[row.name] = error
+
+    def _book(self, row: BudgetRow) -> Book:
+        known = self._remembered.budgets.get(row.name)
+        if known is None or known[0] != row.record:
+            known = self._remembered.budgets[row.name] = (row.record, Budget.from_json(row.record))
+        totals, pending = unpack_lanes(row.totals), json.loads(row.pending)
+        book = Book(known[1], row.seq, row.head, row.time, totals, pending)
+        book.closed = bool(row.closed)
+        return book
 
     def find_book(self, budget: str) -> Book | None:
         """Return the book of a budget, or None."""
-        if budget in self._books:
-            return self._books[budget][0]
-        with translated(self._store.url):
-            row = self._connection.execute(_BUDGET_BY_NAME, {"of": budget}).first()
-        if row is None:
-            return None
-        self._store.check_not_back(row)
-        known = self._store.budgets.get(budget)
-        if known is None or known[0] != row.record:
-            known = self._store.budgets[budget] = (row.record, Budget.from_json(row.record))
-        pending = json.loads(row.pending)
-        book = Book(known[1], row.seq, row.head, row.time, unpack_lanes(row.totals), pending)
-        self._books[budget] = (book, row.seq, row.pending)
-        return book
+        if budget not in self._loaded:  # a request that joined once the lock was had
+            self._load([budget])
+        if budget in self._broken:
+            raise LedgerCorrupt(str(self._broken[budget])) from self._broken[budget]
+        found = self._books.get(budget)
+        return None if found is None else found[0]
 
     def book(self, budget: str) -> Book:
         """Return the book of a budget, or raise UnknownBudget."""
@@ -95,15 +151,38 @@ class SqlTransaction:
             raise UnknownBudget(budget)
         return book
 
+    def books(self) -> list[Book]:
+        """Return the books that were looked at."""
+        return [book for book, _ in self._books.values()]
+
     def add_book(self, book: Book) -> None:
         """Add a new budget's book."""
-        self._books[book.budget.name] = (book, 0, "")
-        self._new_books.append(book)
+        self._books[book.budget.name] = (book, None)
+
+    def budgets(self) -> list[Budget]:
+        """Return all budgets; the request must have locked the whole ledger."""
+        stored = [Budget.from_json(record) for record in self._tables.read_records()]
+        return stored + [book.budget for book, row in self._books.values() if row is None]
+
+    def spent(self, book: Book) -> Uses:
+        """Return what was charged to a budget, or raise if a reservation is open."""
+        name = book.budget.name
+        if self._books[name][1] is None or book.appended:
+            raise InvalidRequest(f"budget {name!r} changed just now; ask again")
+        if pending := list(self._tables.read_open_reservations(name)):
+            raise InvalidRequest(
+                f"budget {name!r} has open reservations {pending}; settle or adopt them first"
+            )
+        uses: dict[bytes, int] = {}
+        for spent in self._tables.read_spent(name):
+            uses[spent.event] = uses.get(spent.event, 0) + spent.uses * spent.times
+        events = {key: self._tables.read_event(name, key) for key in sorted(uses)}
+        return tuple((decode(row.encoded), uses[key]) for key, row in events.items() if row)
 
     def price(self, book: Book, event: Event) -> tuple[bytes, Price]:
         """Return digest and price of an event: the stored price, or else a new one."""
         name = book.budget.name
-        cached = self._store.prices.get((name, event))
+        cached = self._remembered.prices.get((name, event))
         if cached is not None:
             return cached
         encoded = encode(event)
@@ -128,11 +207,8 @@ class SqlTransaction:
         return price
 
     def _stored_price(self, budget: str, event: bytes) -> Price | None:
-        with translated(self._store.url):
-            packed = self._connection.execute(
-                _PRICE_BY_DIGEST, {"of": budget, "at": event}
-            ).scalar()
-        return None if packed is None else unpack_lanes(packed)
+        row = self._tables.read_event(budget, event)
+        return None if row is None else unpack_lanes(row.price)
 
     def keep_event(self, book: Book, event: bytes) -> None:
         """Store the event of that digest, just priced, if it is not stored yet."""
@@ -144,153 +220,113 @@ class SqlTransaction:
         """Return a reservation, or None."""
         key = (budget, reservation)
         if key not in self._holds:
-            with translated(self._store.url):
-                row = self._connection.execute(
-                    _RESERVATION_BY_SEQ, {"of": budget, "at": reservation}
-                ).first()
+            row = self._tables.read_reservation(budget, reservation)
             if row is None:
                 return None
-            charged = unpack_lanes(row.charged)
-            hold = Hold(row.seq, row.event, row.uses, row.holder, charged, row.marked, row.open)
-            self._holds[key] = (hold, (hold.marked, hold.open))
+            hold = Hold(
+                row.seq,
+                row.event,
+                row.uses,
+                row.holder,
+                unpack_lanes(row.charged),
+                row.marked,
+                bool(row.open),
+                bool(row.lease),
+            )
+            self._holds[key] = (hold, row)
         return self._holds[key][0]
 
     def add_hold(self, budget: str, hold: Hold) -> None:
         """Add a new reservation."""
-        self._holds[budget, hold.seq] = (hold, (hold.marked, hold.open))
-        self._new_holds.append((budget, hold))
+        self._holds[budget, hold.seq] = (hold, None)
 
     def keyed(self, budget: str, key: str) -> Keyed | None:
         """Return the charge that was made under a key, or None."""
         if (budget, key) not in self._keyed:
-            with translated(self._store.url):
-                row = self._connection.execute(_KEY_BY_NAME, {"of": budget, "at": key}).first()
+            row = self._tables.read_key(budget, key)
             if row is None:
                 return None
-            keyed = Keyed(row.key, row.payload, row.seq, row.digest, row.answer)
-            self._keyed[budget, key] = (keyed, keyed.answer)
+            self._keyed[budget, key] = (Keyed(*row[1:]), row)
         return self._keyed[budget, key][0]
 
     def add_keyed(self, budget: str, keyed: Keyed) -> None:
         """Add a charge under a key."""
-        self._keyed[budget, keyed.key] = (keyed, keyed.answer)
-        self._new_keyed.append((budget, keyed))
+        self._keyed[budget, keyed.key] = (keyed, None)
+
+    def add_checkpoint(self, note: str) -> int:
+        """Add a signed checkpoint; the request must have locked the whole ledger."""
+        self._notes.append(note)
+        return self._tables.read_checkpoints() + len(self._notes)
 
     def write_back(self) -> None:
-        """Write everything that the rules changed."""
-        new_books = {id(book) for book in self._new_books}
-        self._insert(
-            BUDGET,
-            [
-                {"name": book.budget.name, "record": book.budget.to_json(), **_state(book)}
-                for book in self._new_books
-            ],
-        )
-        self._insert(
-            EVENT,
-            [
-                {"budget": name, "digest": key, "encoded": encoded, "price": pack_lanes(price)}
-                for (name, key), (_, encoded, price) in self._kept.items()
-                if encoded
-            ],
-        )
-        entries, budgets = [], []
-        for book, seq, pending in self._books.values():
-            entries += [
-                {"budget": book.budget.name, "seq": entry.seq, "body": body, "digest": head}
-                for entry, body, head in book.appended
-            ]
-            state = _state(book)
-            if id(book) not in new_books and (book.appended or state["pending"] != pending):
-                budgets.append({"of": book.budget.name, "before": seq, **state})
-        self._insert(ENTRY, entries)
-        self._update(_UPDATE_BUDGET, budgets)
-        self._insert(
-            RESERVATION,
-            [
-                {
-                    "budget": name,
-                    "seq": hold.seq,
-                    "event": hold.event,
-                    "uses": hold.uses,
-                    "holder": hold.holder,
-                    "charged": pack_lanes(hold.charged),
-                    "marked": hold.marked,
-                    "open": hold.open,
-                }
-                for name, hold in self._new_holds
-            ],
-        )
-        new_holds = {id(hold) for _, hold in self._new_holds}
-        self._update(
-            _UPDATE_RESERVATION,
-            [
-                {"of": name, "at": seq, "marked": hold.marked, "open": hold.open}
-                for (name, seq), (hold, before) in self._holds.items()
-                if (hold.marked, hold.open) != before and id(hold) not in new_holds
-            ],
-        )
-        self._insert(
-            KEY,
-            [
-                {
-                    "budget": name,
-                    "key": keyed.key,
-                    "payload": keyed.payload,
-                    "seq": keyed.seq,
-                    "digest": keyed.digest,
-                    "answer": keyed.answer,
-                }
-                for name, keyed in self._new_keyed
-            ],
-        )
-        new_keyed = {id(keyed) for _, keyed in self._new_keyed}
-        self._update(
-            _UPDATE_KEY,
-            [
-                {"of": name, "at": key, "answer": keyed.answer}
-                for (name, key), (keyed, before) in self._keyed.items()
-                if keyed.answer != before and id(keyed) not in new_keyed
-            ],
-        )
+        """Give the store everything that the rules changed."""
+        budgets = [(row, _row(book, row)) for book, row in self._books.values()]
+        entries = [
+            EntryRow(book.budget.name, entry.seq, body, head)
+            for book, _ in self._books.values()
+            for entry, body, head in book.appended
+        ]
+        events = [
+            EventRow(name, key, encoded, pack_lanes(price))
+            for (name, key), (_, encoded, price) in self._kept.items()
+            if encoded
+        ]
+        holds = [
+            (
+                row,
+                ReservationRow(
+                    name,
+                    seq,
+                    hold.event,
+                    hold.uses,
+                    hold.holder,
+                    pack_lanes(hold.charged),
+                    hold.marked,
+                    hold.open,
+                    hold.lease,
+                ),
+            )
+            for (name, seq), (hold, row) in self._holds.items()
+        ]
+        keys = [
+            (row, KeyRow(name, key, keyed.payload, keyed.seq, keyed.digest, keyed.answer))
+            for (name, key), (keyed, row) in self._keyed.items()
+        ]
+        before = self._tables.read_checkpoints() if self._notes else 0
+        self._insert([CheckpointRow(n, note) for n, note in enumerate(self._notes, before + 1)])
+        self._insert(events)
+        self._insert(entries)
+        for changed in (budgets, holds, keys):
+            self._insert([new for old, new in changed if old is None])
+            replaced = [(old, new) for old, new in changed if old is not None and old != new]
+            if replaced:
+                self._tables.update([new for _, new in replaced], [old for old, _ in replaced])
 
-    def _insert(self, table: Any, rows: list[dict[str, Any]]) -> None:
+    def _insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
         if rows:
-            self._connection.execute(_INSERTS[table], rows)
+            self._tables.insert(rows)
 
-    def _update(self, statement: Any, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            if self._connection.execute(statement, row).rowcount != 1:
-                raise LedgerCorrupt(f"{row['of']!r} changed under the write lock")
-
-    def remember(self) -> None:
-        """Keep what is durable now for later transactions of this process."""
-        if len(self._store.prices) > _CACHED_PRICES:
-            self._store.prices.clear()
+    def remember(self) -> dict[str, tuple[int, bytes]]:
+        """Keep what is durable now for later transactions; return the budgets' new heads."""
+        remembered = self._remembered
+        if len(remembered.prices) > _CACHED_PRICES:
+            remembered.prices.clear()
         for (name, key), (asked, _, price) in self._kept.items():
-            self._store.prices[name, asked] = (key, price)
-        for name, (book, _, _) in self._books.items():
-            self._store.seen[name] = (book.seq, book.head)
+            remembered.prices[name, asked] = (key, price)
+        heads = {name: (book.seq, book.head) for name, (book, _) in self._books.items()}
+        remembered.seen.update(heads)
+        remembered.checked.update(heads)
+        return heads
 
 
-@contextmanager
-def translated(url: URL) -> Iterator[None]:
-    """Turn the driver's errors into ours."""
-    try:
-        yield
-    except OperationalError as error:
-        raise LedgerUnavailable(f"{url.database}: {error.orig}; nothing was charged") from error
-    except DatabaseError as error:
-        raise LedgerCorrupt(f"{url.database}: {error.orig}") from error
-    except SQLAlchemyError as error:
-        raise LedgerUnavailable(f"{url.database}: {error}; nothing was charged") from error
-
-
-def _state(book: Book) -> dict[str, Any]:
-    return {
-        "seq": book.seq,
-        "head": book.head,
-        "time": book.time,
-        "totals": pack_lanes(book.totals),
-        "pending": json.dumps(book.pending, separators=(",", ":")),
-    }
+def _row(book: Book, before: BudgetRow | None) -> BudgetRow:
+    return BudgetRow(
+        book.budget.name,
+        book.budget.to_json() if before is None else before.record,
+        book.seq,
+        book.head,
+        book.time,
+        pack_lanes(book.totals),
+        json.dumps(book.pending, separators=(",", ":")) if book.pending else "{}",
+        book.closed,
+    )

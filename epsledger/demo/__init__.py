@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from multiprocessing.connection import Connection
@@ -39,7 +40,9 @@ def run(out: Path) -> None:
     report = out / "report"
     for old in (ledger, ledger.with_name("ledger.db-wal"), ledger.with_name("ledger.db-shm")):
         old.unlink(missing_ok=True)
-    shutil.rmtree(report, ignore_errors=True)
+    for folder in (report, out / "state"):
+        shutil.rmtree(folder, ignore_errors=True)
+    os.environ.setdefault("EPSLEDGER_STATE", str((out / "state").resolve()))
     out.mkdir(parents=True, exist_ok=True)
 
     outcome = _work_and_be_killed(ledger)

@@ -257,7 +257,7 @@ TABLE = [
     Bad("in memory", lambda _: Accountant.open("sqlite://"), LedgerUnavailable, "must outlive its process: name a file"),
     Bad("in memory, by its name", lambda _: Accountant.open("sqlite:///:memory:"), LedgerUnavailable, "must outlive its process: name a file"),
     Bad("in memory, as a URI", lambda _: Accountant.open("sqlite:///file::memory:?uri=true"), LedgerUnavailable, "journal mode 'memory' instead of 'wal'"),
-    Bad("another database", lambda _: Accountant.open("postgresql://me:secret@host/books"), LedgerUnavailable, "postgresql://me:***@host/books: only sqlite:/// ledgers so far"),
+    Bad("another database", lambda _: Accountant.open("mysql://me:secret@host/books"), LedgerUnavailable, "mysql://me:***@host/books: a ledger is kept in sqlite:/// or postgresql+psycopg://"),
     Bad("not a URL", lambda _: Accountant.open("://"), LedgerUnavailable, "://"),
     Bad("an unknown driver", lambda _: Accountant.open("sqlite+absent:///ledger.db"), LedgerUnavailable, "absent"),
 ]  # fmt: skip

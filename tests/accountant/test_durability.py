@@ -46,7 +46,11 @@ def test_every_connection_syncs_every_commit(accountant):
     store = accountant._store
     with store.engine.connect() as reader:
         for connection in (store._connection, reader):
-            driver = connection.connection.driver_connection
+            driver = (
+                connection.connection.driver_connection
+                if connection is reader
+                else connection.driver_connection
+            )
             assert pragma(driver, "synchronous") == 2
             assert pragma(driver, "journal_mode") == "wal"
             assert pragma(driver, "busy_timeout") == 30000

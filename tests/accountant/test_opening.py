@@ -179,10 +179,12 @@ def test_a_live_accountant_refuses_a_ledger_that_went_back(accountant, location,
         copy.backup(live)
         live.close()
         copy.close()
-        with pytest.raises(LedgerCorrupt, match="went back to entry 2 after entry 3 was seen"):
+        with pytest.raises(
+            LedgerCorrupt, match=r"went back to entry 2, .* after entry 3 .* was seen"
+        ):
             accountant.charge("tips", PureDP(1.0), **ASK)
         assert other.verify().clean
-        assert other.verify().rollback == "not checked"
+        assert other.verify().rollback.endswith("of 2 of 2 budgets")
 
 
 def test_a_file_replaced_under_a_live_accountant(accountant, location):

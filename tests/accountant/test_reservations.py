@@ -157,7 +157,14 @@ def test_an_open_reservation_leaves_no_room_for_others(accountant):
 @pytest.mark.parametrize("act", ["mark", "settle", "void"])
 def test_only_the_holder(accountant, location, digest_of, act):
     reservation = accountant.reserve("news", STEP, uses=3, **ASK)
-    thief = Reservation(accountant._writer, reservation.receipt, STEP, 3, "someone else")
+    thief = Reservation(
+        accountant._writer,
+        reservation.receipt,
+        STEP,
+        uses=3,
+        holds=reservation.holds,
+        holder="someone else",
+    )
     before = digest_of(location)
     with pytest.raises(ReservationError, match="another holder"):
         getattr(thief, act)()

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from accountant import BudgetExceeded, OutcomeUnknown, Receipt, UnitMismatch, UnknownBudget
+from accountant import (
+    BudgetExceeded,
+    LedgerCorrupt,
+    OutcomeUnknown,
+    Receipt,
+    UnitMismatch,
+    UnknownBudget,
+)
 from dp import Gaussian, PureDP, Repeated
 
 ASK = {"unit": "article", "activity": "survey"}
@@ -93,7 +100,7 @@ def test_a_commit_that_fails_is_unknown_to_all_and_the_next_goes_on(
     """SQLite itself turns the statement down: its authorizer is asked before each."""
     accountant.charge("tips", PureDP(1.0), **ASK)
     before = digest_of(location)
-    connection = accountant._store._connection.connection.driver_connection
+    connection = accountant._store._connection.driver_connection
     connection.set_authorizer(
         lambda action, what, *_: (
             sqlite3.SQLITE_DENY
@@ -124,3 +131,16 @@ def test_a_bad_ask_does_not_fail_the_others_of_its_batch(accountant, location):
         UnitMismatch,
         Receipt,
     ]
+
+
+def test_a_budget_that_went_back_does_not_stop_the_others_of_its_batch(accountant, location):
+    accountant.charge("tips", PureDP(1.0), **ASK)
+    seq, head = accountant._store.remembered.seen["tips"]
+    accountant._store.remembered.seen["tips"] = (seq + 1, head)
+    outcomes = in_one_batch(
+        location,
+        lambda: accountant.charge("news", Gaussian(50.0), **ASK),
+        lambda: accountant.charge("tips", PureDP(1.0), **ASK),
+        lambda: accountant.charge("news", Gaussian(50.0), **ASK),
+    )
+    assert [type(outcome) for outcome in outcomes] == [Receipt, LedgerCorrupt, Receipt]

@@ -112,7 +112,7 @@ def test_verify_clean_and_tampered(news, ledger):
     told = news("ledger", "verify")
     assert "news: 2 entries" in told
     assert "clean" in told
-    assert "rollback: not checked" in told
+    assert "rollback: checked against what this machine saw" in told
     with sqlite3.connect(ledger) as database:
         database.execute("DROP TRIGGER epsledger_entry_update")
         database.execute("UPDATE epsledger_entry SET body = body || x'00' WHERE seq = 2")

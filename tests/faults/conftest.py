@@ -27,27 +27,50 @@ class Workers:
         )
 
     def start(
-        self, folder: Path, mode: str, *, processes: int, threads: int, asks: int, bytes: int = 0
+        self,
+        folder: Path,
+        mode: str,
+        *,
+        processes: int,
+        threads: int,
+        asks: int,
+        bytes: int = 0,
+        location: str | None = None,
+        **more: object,
     ) -> dict:
         """Start workers on one ledger at the same moment; return their files by process id."""
-        go, outs = folder / "go", {}
-        for number in range(processes):
-            out = folder / f"out-{mode}-{number}"
-            task = {
-                "mode": mode,
-                "location": str(folder / "ledger.db"),
-                "out": str(out),
-                "go": str(go),
-                "threads": threads,
-                "asks": asks,
-                "bytes": bytes,
-            }
-            self._server.stdin.write(json.dumps(task) + "\n")
-            self._server.stdin.flush()
-            outs[int(self._server.stdout.readline())] = out
+        go = folder / "go"
+        outs = dict(
+            self.send(
+                folder,
+                mode,
+                number,
+                location=location or str(folder / "ledger.db"),
+                go=str(go),
+                threads=threads,
+                asks=asks,
+                bytes=bytes,
+                **more,
+            )
+            for number in range(processes)
+        )
         wait_for(lambda: all("ready" in said(out) for out in outs.values()))
-        go.touch()
+        soon = go.with_suffix(".soon")
+        soon.write_text(f"{time.time() + 0.3}")
+        soon.rename(go)
         return outs
+
+    def send(self, folder: Path, mode: str, number: int = 0, **task: object) -> tuple[int, Path]:
+        """Start one worker; return its process id and its file."""
+        out = folder / f"out-{mode}-{number}"
+        task |= {"mode": mode, "out": str(out), "state": os.environ["EPSLEDGER_STATE"]}
+        self._server.stdin.write(json.dumps(task) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline()), out
+
+    def gone(self, worker: int) -> None:
+        """Wait until a worker has ended by itself."""
+        wait_for(lambda: not alive(worker))
 
     def kill(self, worker: int) -> None:
         """``kill -9``, and wait until it is gone."""

@@ -17,6 +17,9 @@ from accountant import Accountant
 from dp import PureDP, pure
 
 FITTING = 50
+CREATE_SPEND = (
+    "CREATE TABLE spend (id INTEGER PRIMARY KEY, epsilon FLOAT NOT NULL, race INTEGER NOT NULL)"
+)
 
 
 def race(workers, lines_of, wait, folder: Path, mode: str, *, processes: int, threads: int):
@@ -45,7 +48,7 @@ def of_ours(workers, lines_of, wait, folder: Path, **crowd: int):
 
 def of_control(workers, lines_of, wait, folder: Path, **crowd: int):
     with closing(sqlite3.connect(folder / "ledger.db")) as connection:
-        connection.execute("CREATE TABLE spend (id INTEGER PRIMARY KEY, epsilon FLOAT NOT NULL)")
+        connection.execute(CREATE_SPEND)
     return race(workers, lines_of, wait, folder, "broken_asks", **crowd)
 
 
@@ -84,6 +87,39 @@ def test_races_at_length(workers, lines_of, wait, tmp_path, scale):
             control = of_control(workers, lines_of, wait, folder / "control", **crowd)
             print(f"ours {told[0]}, control {control[0]} of a cap of {FITTING}: {crowd}")
             assert told == (FITTING, asked - FITTING)
+
+
+def last_units(workers, lines_of, wait, folder: Path, races: int, mode: str, *, threads: int):
+    """Let 32 processes race for one unit after another; return how many won each race."""
+    outs = workers.start(folder, mode, processes=32, threads=threads, asks=races)
+    wait(lambda: all("done" in lines_of(out) for out in outs.values()), 60 + 2 * races)
+    lines = [line.split() for out in outs.values() for line in lines_of(out)]
+    assert not [line for line in lines if line[0] == "error"]
+    asked = [int(line[1]) for line in lines if line[0] in ("charged", "refused")]
+    assert len(asked) == races * 32 * threads
+    wins = [int(line[1]) for line in lines if line[0] == "charged"]
+    return [wins.count(number) for number in range(races)]
+
+
+@pytest.mark.parametrize("races", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_one_of_many_wins_the_last_unit(workers, lines_of, wait, tmp_path, races, scale):
+    races *= scale if races > 10 else 1
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        for number in range(races):
+            accountant.create_budget(f"tips{number}", pure(1.5), unit="article")
+    won = last_units(workers, lines_of, wait, tmp_path, races, "last_units", threads=8)
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        assert accountant.verify().clean
+    print(f"{races} races of 32 processes x 8 threads for the last unit: one winner in each")
+    assert won == [1] * races
+
+
+def test_the_control_gives_the_last_unit_away_twice(workers, lines_of, wait, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        connection.execute(CREATE_SPEND)
+    won = last_units(workers, lines_of, wait, tmp_path, 10, "broken_last_units", threads=1)
+    print(f"control: winners of the last unit {won}")
+    assert max(won) > 1
 
 
 def test_threads_that_share_a_reservation_mark_exactly_its_uses(tmp_path):
