@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import sub
 
+from accountant.books import Hold
 from accountant.budgets import Budget
 from accountant.entries import HOLDS, SPENDS, Entry, Kind, unpack
 from accountant.errors import LedgerCorrupt
-from accountant.ledger import Hold
 from accountant.stores.rows import unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import Event, MalformedEvent, Price

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from accountant.ledger import Book
+from accountant.books import Book
 
 _LOG = logging.getLogger(__name__)
 THRESHOLDS = (0.5, 0.8, 0.95)

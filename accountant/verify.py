@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from operator import add, sub
 
 from accountant.anchors import Checkpoint, compare
+from accountant.books import Hold
 from accountant.budgets import Budget
 from accountant.entries import GENESIS, HOLDS, NO_EVENT, SPENDS, Entry, Kind, chain, unpack
 from accountant.errors import LedgerCorrupt
-from accountant.ledger import Hold
 from accountant.stores.rows import BudgetRow, unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import DPError, Price

@@ -6,10 +6,9 @@ one transaction, only when asked for: older processes must not have the ledger o
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 
-from sqlalchemy import URL, Connection, create_engine, event, insert
+from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.schema import CreateTable
 
@@ -18,15 +17,10 @@ from accountant.stores.schema import (
     CHECKPOINT,
     LEDGER,
     SCHEMA_VERSION,
+    new_ledger,
     sqlite_triggers,
 )
-
-
-def new_ledger(connection: Connection) -> None:
-    """Give a ledger its identity and schema version."""
-    connection.execute(
-        insert(LEDGER), {"id": secrets.token_hex(16), "schema_version": SCHEMA_VERSION}
-    )
+from accountant.stores.sqlite import configure, start
 
 
 def migrate(url: URL, step: Callable[[int], object] = int) -> tuple[int, ...]:
@@ -46,8 +40,6 @@ def migrate(url: URL, step: Callable[[int], object] = int) -> tuple[int, ...]:
         SchemaMismatch: If a newer epsledger wrote it.
         LedgerUnavailable: If it cannot be locked or written; then it is as it was.
     """
-    from accountant.stores.sqlite import configure, start
-
     engine = create_engine(url)
     event.listen(engine, "connect", configure)
     event.listen(engine, "begin", start)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, create_engine, event
@@ -23,8 +23,7 @@ from accountant.errors import (
     SchemaMismatch,
 )
 from accountant.requests import WHOLE_LEDGER
-from accountant.stores.migrations import new_ledger
-from accountant.stores.schema import METADATA, SCHEMA_VERSION
+from accountant.stores.schema import METADATA, SCHEMA_VERSION, new_ledger
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
@@ -119,17 +118,6 @@ class PostgresStore(SqlStore):
             self._driver.rollback()
         except psycopg.Error:
             self._discard()
-
-    def _discard(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(psycopg.Error):
-                connection.invalidate()
-                connection.close()
-
-    @property
-    def _driver(self) -> Any:
-        return self._connection.driver_connection
 
     def _execute(self, statement: str, values: Sequence[Any]) -> list[Any]:
         rows: list[Any] = self._driver.execute(statement, values).fetchall()

@@ -6,9 +6,10 @@ stop accidents. Against whoever owns the database, the chain makes edits evident
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, ClassVar
 
-from sqlalchemy import DDL, BigInteger, MetaData, event
+from sqlalchemy import DDL, BigInteger, Connection, MetaData, event, insert
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
@@ -140,6 +141,13 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("epsledger_checkpoint", "DELETE", ""),
 )
 """What nobody may do: table, statement, and when."""
+
+
+def new_ledger(connection: Connection) -> None:
+    """Give a ledger its identity and schema version."""
+    connection.execute(
+        insert(LEDGER), {"id": secrets.token_hex(16), "schema_version": SCHEMA_VERSION}
+    )
 
 
 def sqlite_triggers() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
@@ -196,6 +196,18 @@ class SqlStore(ABC):
         """Return what could lose acknowledged charges here."""
         return []
 
+    @property
+    def _driver(self) -> Any:
+        return self._connection.driver_connection
+
+    def _discard(self) -> None:
+        """Close a connection that may still be in its transaction; the next one is new."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(self._driver_error):
+                connection.invalidate()
+                connection.close()
+
     # What a subclass knows.
 
     _driver_error: type[Exception]
@@ -223,10 +235,6 @@ class SqlStore(ABC):
     @abstractmethod
     def _roll_back(self) -> None:
         """Undo the transaction, whatever state it is in."""
-
-    @abstractmethod
-    def _discard(self) -> None:
-        """Close a connection that may still be in its transaction; the next one is new."""
 
     @abstractmethod
     def _execute(self, statement: str, values: Sequence[Any]) -> Sequence[Any]:

@@ -22,8 +22,7 @@ from weakref import WeakSet
 from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, SchemaMismatch
-from accountant.stores.migrations import new_ledger
-from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION
+from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION, new_ledger
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
@@ -177,20 +176,12 @@ class SqliteStore(SqlStore):
             self._end_turn()
 
     def _discard(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(sqlite3.Error):
-                connection.invalidate()
-                connection.close()
+        super()._discard()
         self._end_turn()
 
     def _end_turn(self) -> None:
         if self._turn >= 0:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
-
-    @property
-    def _driver(self) -> Any:
-        return self._connection.driver_connection
 
     def _execute(self, statement: str, values: Sequence[Any]) -> list[Any]:
         rows: list[Any] = self._driver.execute(statement, values).fetchall()

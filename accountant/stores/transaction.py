@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from accountant.books import Book, Hold, Keyed
 from accountant.budgets import Budget
 from accountant.errors import InvalidRequest, LedgerCorrupt, UnknownBudget
-from accountant.ledger import Book, Hold, Keyed
 from accountant.requests import WHOLE_LEDGER, Uses
 from accountant.stores.rows import (
     BudgetRow,
