@@ -150,7 +150,7 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
                         " its holder marked is unknown, so all of it stays spent"
                     )
             for _, hold in held:
-                hold.holder = holder
+                hold.holder = _holder(holder, len(held))
             return _append(held, Kind.ADOPT, now, uses=held[0][1].marked)
         case Answer(name, key, answer):
             keyed = tx.keyed(name, key)
@@ -251,7 +251,8 @@ def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
     if isinstance(outcome, Receipt):
         receipts = (outcome, *outcome.linked)
         for receipt, (_, event, _), lanes in zip(receipts, priced, charged, strict=True):
-            hold = Hold(receipt.seq, event, ask.uses, ask.holder, lanes, lease=kind is Kind.LEASE)
+            holder = _holder(ask.holder, len(priced))
+            hold = Hold(receipt.seq, event, ask.uses, holder, lanes, lease=kind is Kind.LEASE)
             tx.add_hold(receipt.budget, hold)
     return outcome
 
@@ -368,10 +369,25 @@ def _held(tx: Transaction, ask: Mark | Settle | Void | Adopt) -> _Held:
         book, hold = tx.book(name), tx.hold(name, seq)
         if hold is None or not hold.open:
             raise ReservationError(f"budget {name!r} has no open reservation {seq}")
-        if hold.holder != ask.holder and not isinstance(ask, Adopt):
+        if _chains(hold.holder) != len(ask.holds):
+            raise ReservationError(
+                f"reservation {seq} of budget {name!r} is held in {_chains(hold.holder)} budgets;"
+                " name all of them"
+            )
+        if hold.holder != _holder(ask.holder, len(ask.holds)) and not isinstance(ask, Adopt):
             raise ReservationError(f"reservation {seq} of budget {name!r} has another holder")
         held.append((book, hold))
     return held
+
+
+def _holder(secret: str, chains: int) -> str:
+    """Return what is stored of a holder: in several budgets nobody marks or ends a part."""
+    return secret if chains == 1 else f"{chains}-{secret}"
+
+
+def _chains(holder: str) -> int:
+    chains, dash, _ = holder.partition("-")
+    return int(chains) if dash else 1
 
 
 def _check_left(book: Book, hold: Hold, uses: int) -> None:

@@ -187,6 +187,9 @@ def test_several_datasets_and_a_quota_at_once_with_a_reservation(books):
     for name in ("news", "tips", "team"):
         assert dict(books.statement(name).spent) == {PureDP(0.1): 2}
     lost = books.reserve(("news", "team"), PureDP(0.1), uses=2, **ASK)
+    for part in lost.holds:
+        with pytest.raises(ReservationError, match="held in 2 budgets; name all of them"):
+            books.adopt((part,), PureDP(0.1))
     books.adopt(lost.holds, PureDP(0.1)).void()
     with books.lease(("news", "team"), PureDP(0.01), **ASK) as lease:
         for _ in range(20):
