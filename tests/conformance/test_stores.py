@@ -400,6 +400,17 @@ def test_all_stores_keep_the_same_to_the_byte(place, tmp_path, seed, monkeypatch
     assert sum("Receipt" in told for told in plays["memory"][0]) > 4
 
 
+@pytest.mark.parametrize("ledgers", [30, pytest.param(1000, marks=pytest.mark.long)])
+def test_verify_raises_no_false_alarm(ledgers, monkeypatch):
+    """``played`` verifies at its end; a correction beyond the budget is no false alarm."""
+    entries = 0
+    for seed in range(100, 100 + ledgers):
+        _, state = played("memory:", seed, monkeypatch)
+        entries += sum(row[2] for row in state if isinstance(row, tuple))
+        monkeypatch.undo()
+    print(f"{ledgers} random ledgers of {entries} entries in all: no false alarm")
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_triggers_refuse_what_is_not_appended(place, kind):
     location = place(kind)
