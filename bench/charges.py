@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import resource
 import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -107,25 +106,11 @@ def lease(place: str) -> tuple[float, ...]:
 
 def hop(folder: Path) -> tuple[float, ...]:
     """Time the floor in a thread that is handed each charge."""
-    asked: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
-    charge = bare_charge(folder)
-
-    def work() -> None:
-        while (done := asked.get()) is not None:
-            charge()
-            done.set_result(None)
-
-    def ask() -> None:
-        done: Future[None] = Future()
-        asked.put(done)
-        done.result()
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    found = in_threads(1, lambda: lambda: during(SECONDS, ask))
-    asked.put(None)
-    worker.join()
-    return found
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        charge = worker.submit(bare_charge, folder).result()
+        return in_threads(
+            1, lambda: lambda: during(SECONDS, lambda: worker.submit(charge).result())
+        )
 
 
 def bare_charge(folder: Path) -> Callable[[], None]:

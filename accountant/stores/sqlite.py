@@ -22,6 +22,7 @@ from weakref import WeakSet
 from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, SchemaMismatch
+from accountant.stores.inode import inode
 from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION, new_ledger
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
@@ -68,7 +69,7 @@ class SqliteStore(SqlStore):
         self._log: tuple[int, int] | None = None
         self._turn = -1
         super().__init__(url, engine)
-        self._file = _inode(self._path)
+        self._file = inode(self._path)
         with suppress(OSError):
             self._turn = os.open(Path(self._path).parent, os.O_RDONLY | os.O_CLOEXEC)
         _OPEN.add(self)
@@ -158,7 +159,7 @@ class SqliteStore(SqlStore):
             fcntl.flock(self._turn, fcntl.LOCK_EX)
         self._execute("BEGIN IMMEDIATE", ())
         self._check_version(self._execute("PRAGMA user_version", ())[0][0])
-        self._log = self._log or _inode(f"{self._path}-wal")
+        self._log = self._log or inode(f"{self._path}-wal")
         self._check_file()
 
     def _commit(self) -> None:
@@ -216,7 +217,7 @@ class SqliteStore(SqlStore):
             moved = (found.st_dev, found.st_ino) != self._file
         except FileNotFoundError:
             moved = True
-        if moved or (self._log is not None and _inode(f"{self._path}-wal") != self._log):
+        if moved or (self._log is not None and inode(f"{self._path}-wal") != self._log):
             raise LedgerUnavailable(
                 f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
                 " open; open it again, and never open, copy or hash the file in a process that"
@@ -292,12 +293,3 @@ def start(connection: Connection) -> None:
     """Start a transaction: at once as a writer where that was asked for."""
     write = connection.get_execution_options().get("ledger_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, or None if there is none."""
-    try:
-        found = os.stat(path)  # noqa: PTH116 - a Path costs as much as the call
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
