@@ -11,10 +11,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
-from accountant.anchors import Checkpoint, Head, history, publish, sign, since
-from accountant.budgets import Budget
+from accountant.anchors import Checkpoint, Head, history, publish, sign, since, successor
+from accountant.budgets import Budget, of_type
 from accountant.errors import (
     AccountantError,
     AnchorInvalid,
@@ -95,19 +95,20 @@ class Accountant:
         self._writer = Writer(store)
 
     @classmethod
-    def open(cls, location: str | Path) -> Self:
-        """Open a ledger; a missing file, or an empty database, becomes an empty ledger.
+    def open(cls, location: str | Path, *, create: bool = True) -> Self:
+        """Open a ledger.
 
         Args:
             location: A path, or a URL: ``sqlite:///``, ``postgresql+psycopg://`` or, for a ledger
                 that ends with its process, ``memory:``.
+            create: Whether a missing file, or an empty database, becomes an empty ledger.
 
         Raises:
             LedgerUnavailable: If it cannot be opened, or is some other program's database.
             LedgerCorrupt: If it is not a database.
             SchemaMismatch: If another schema version wrote it.
         """
-        return cls(open_store(location))
+        return cls(open_store(location, create=create))
 
     def create_budget(
         self,
@@ -250,9 +251,9 @@ class Accountant:
                     raise
                 await asyncio.sleep(0.02)
 
-    def keep_answer(self, budget: str, key: str, answer: bytes) -> None:
+    def keep_answer(self, budget: Budgets, key: str, answer: bytes) -> None:
         """Store the released answer of a charge with a key, for a retry to get back."""
-        self._writer.submit(Answer(budget, key, answer))
+        self._writer.submit(Answer(_names(budget)[0], key, answer))
 
     def correct(
         self,
@@ -268,6 +269,11 @@ class Accountant:
         """Record a spend that was missed. It is recorded even where it does not fit.
 
         ``verify`` then says that the guarantee does not hold. Nothing lowers a spend.
+
+        Raises:
+            InvalidRequest: If a budget was superseded, and the one that carries its spend is not
+                named as well.
+            AccountantError: As for :meth:`charge`.
         """
         return self._writer.submit(
             Correct(_names(budget), event, uses, unit, relation, activity, note)
@@ -352,23 +358,24 @@ class Accountant:
         Whoever held it is shut out: a mark of theirs raises from now on.
 
         Args:
-            holds: ``Reservation.holds`` of the lost handle.
+            holds: ``Reservation.holds`` of the lost handle, all of them.
             event: One use; it must be the one that was reserved.
 
         Raises:
             ReservationError: If it is not open, of another event, or a lease.
+            InvalidRequest: If ``holds`` is no such value.
         """
         holder = secrets.token_hex(16)
-        holds = tuple((str(name), int(seq)) for name, seq in holds)
-        receipt = self._writer.submit(Adopt(holds, holder, event))
+        ask = Adopt(cast("Holds", tuple(map(tuple, holds))), holder, event)
+        receipt, (name, seq) = self._writer.submit(ask), ask.holds[0]
         with self._store.snapshot() as snapshot:
-            (row,) = (row for row in snapshot.reservations(holds[0][0]) if row.seq == holds[0][1])
+            (row,) = (row for row in snapshot.reservations(name) if row.seq == seq)
         return Reservation(
             self._writer,
             receipt,
             event,
             uses=row.uses,
-            holds=holds,
+            holds=ask.holds,
             holder=holder,
             marked=row.marked,
         )
@@ -491,10 +498,16 @@ class Accountant:
 
         Raises:
             AnchorUnavailable: If it could not be published everywhere.
-            AnchorInvalid: If there is no signer.
+            AnchorInvalid: If there is no signer, or one whose key was replaced.
         """
         with self._store.snapshot() as snapshot:
             rows = [snapshot.row(name) for name in snapshot.budgets()]
+            before = [row.note for row in snapshot.checkpoints()]
+        for signer in signers:
+            if (new := successor(before, signer.verifier_key)) is not None:
+                raise AnchorInvalid(
+                    f"key {signer.verifier_key.name}", f"it was replaced by {new.to_text()}"
+                )
         heads = tuple(Head(row.name, row.seq, row.head) for row in rows)
         when = f"time {datetime.now(UTC).isoformat(timespec='seconds')}"
         note = sign(Checkpoint(self._store.ledger, heads, (when, *lines)), signers)
@@ -505,7 +518,7 @@ class Accountant:
 
     def verify(
         self,
-        anchors: Iterable[str] = (),
+        anchors: Iterable[Sequence[str]] = (),
         *,
         key: VerifierKey | None = None,
         vouched: Collection[VerifierKey] = (),
@@ -513,7 +526,7 @@ class Accountant:
         """Replay the whole ledger and compare it with itself, and with what is known elsewhere.
 
         Args:
-            anchors: Signed checkpoints from where they were published, oldest first.
+            anchors: For each place that they were published to, signed checkpoints, oldest first.
             key: A verifier key that is trusted; checkpoints from before it was valid are left
                 out. With it the checkpoints that the ledger keeps of itself are compared, too.
             vouched: Keys that somebody you trust gave you because an older one was lost.
@@ -521,20 +534,23 @@ class Accountant:
         Raises:
             AnchorInvalid: If a checkpoint is not signed by a key that was valid then.
         """
-        notes = tuple(anchors)
-        if notes and key is None:
+        places = tuple(anchors)
+        for notes in places:
+            of_type(list | tuple, anchors=notes)
+        if places and key is None:
             raise InvalidRequest(
                 "anchors prove nothing without the verifier key they are signed by"
             )
         with self._store.snapshot() as snapshot:
             checkpoints: list[Checkpoint] = []
             if key is not None:
-                stored = tuple(row.note for row in snapshot.checkpoints())
-                for series in (notes, stored):
-                    valid = since(series, key)
-                    if series is notes and notes and not valid:
+                for notes in places:
+                    valid = since(notes, key)
+                    if not valid:
                         raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")
                     checkpoints += history(valid, key, vouched=vouched)[0]
+                stored = since([row.note for row in snapshot.checkpoints()], key)
+                checkpoints += history(stored, key, vouched=vouched, shared=True)[0]
             return verify(snapshot, checkpoints)
 
     def close(self) -> None:

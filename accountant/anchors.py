@@ -172,7 +172,11 @@ def opened(note: str, trusted: Iterable[VerifierKey]) -> tuple[Checkpoint, froze
 
 
 def history(
-    notes: Iterable[str], first: VerifierKey, *, vouched: Collection[VerifierKey] = ()
+    notes: Iterable[str],
+    first: VerifierKey,
+    *,
+    vouched: Collection[VerifierKey] = (),
+    shared: bool = False,
 ) -> tuple[tuple[Checkpoint, ...], VerifierKey]:
     """Return the checkpoints of a series of notes, and the key to trust after the last.
 
@@ -184,6 +188,7 @@ def history(
         notes: Signed checkpoints of one ledger, oldest first.
         first: The key that is valid at the first of them.
         vouched: Keys that somebody you trust gave you because the one before them was lost.
+        shared: Whether other keys sign in the same place; their notes are left out then.
 
     Raises:
         AnchorInvalid: If a note does not open, is about another ledger, or hands over to a new
@@ -195,6 +200,8 @@ def history(
         try:
             checkpoint, current = _followed(note, current, vouched)
         except AnchorInvalid as error:
+            if shared and not _claims(note, current):
+                continue
             raise AnchorInvalid(f"note {number} of the series", str(error)) from error
         if checkpoints and checkpoint.ledger != checkpoints[0].ledger:
             raise AnchorInvalid(f"note {number} of the series", "it is about another ledger")
@@ -204,12 +211,19 @@ def history(
 
 def since(notes: Sequence[str], key: VerifierKey) -> tuple[str, ...]:
     """Return the notes of a series from the first that says it is signed by a key."""
-    named = f"\n— {key.name} "
     for at, note in enumerate(notes):
-        claims = [line.split()[-1] for line in note.split("\n") if f"\n{line}".startswith(named)]
-        if any(base64.b64decode(claim)[:4].hex() == key.hash for claim in claims):
+        if _claims(note, key):
             return tuple(notes[at:])
     return ()
+
+
+def successor(notes: Iterable[str], key: VerifierKey) -> VerifierKey | None:
+    """Return the key that a note handed over to from this one, or None."""
+    for note in notes:
+        new, lost = _handover(Checkpoint.from_text(unverified(note)[0]))
+        if new not in (None, key) and (_claims(note, key) or lost == key.hash):
+            return new
+    return None
 
 
 def compare(
@@ -250,7 +264,7 @@ def publish(note: str, target: str | Path) -> None:
             must end with status 0. It is run without a shell.
 
     Raises:
-        AnchorInvalid: If the note is none.
+        AnchorInvalid: If the note is none, or the file holds anything else than whole notes.
         AnchorUnavailable: If the note could not be published.
     """
     unverified(note)
@@ -260,6 +274,8 @@ def publish(note: str, target: str | Path) -> None:
         _run(target, note.encode())
         return
     path, content = Path(target), note.encode()
+    if path.exists():
+        read_notes(path)  # behind a note that was cut off this one would be lost
     try:
         with path.open("ab", buffering=0) as file:
             before = os.fstat(file.fileno()).st_size
@@ -295,6 +311,12 @@ def read_notes(path: str | Path) -> tuple[str, ...]:
         notes.append(found[0])
         at = found.end()
     return tuple(notes)
+
+
+def _claims(note: str, key: VerifierKey) -> bool:
+    """Say whether a note says that it is signed by a key; whether it is, must be verified."""
+    lines = [line for line in note.split("\n") if line.startswith(f"— {key.name} ")]
+    return any(base64.b64decode(line.split()[-1])[:4].hex() == key.hash for line in lines)
 
 
 def _followed(

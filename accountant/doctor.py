@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from accountant.anchors import Checkpoint
-from accountant.errors import AccountantError
+from accountant.errors import AccountantError, AnchorInvalid
 from accountant.marks import state_folder
 from accountant.notes import unverified
+from accountant.requests import WHOLE_LEDGER
 from accountant.stores import open_store
 from accountant.stores.snapshot import Snapshot
 from accountant.stores.sql import SqlStore
@@ -53,7 +54,7 @@ def examine(location: str | Path) -> tuple[Finding, ...]:
     ['file system', 'disk', 'permissions']
     """
     try:
-        store = open_store(location)
+        store = open_store(location, create=False)
     except AccountantError as error:
         return (Finding("opening", ok=False, detail=str(error)),)
     try:
@@ -72,9 +73,19 @@ def _findings(store: SqlStore) -> Iterator[Finding]:
         ok=not warnings,
         detail="; ".join(warnings) or "a commit returns when it would survive a power cut",
     )
+    missing = store.missing_triggers()
+    yield Finding(
+        "triggers",
+        ok=not missing,
+        detail=f"missing or changed: {', '.join(missing)}; somebody opened the ledger to edits"
+        if missing
+        else "edits and deletions are refused",
+    )
     started = time.monotonic()
     try:
-        with store.transaction(frozenset()):
+        with store.snapshot() as snapshot:
+            names = snapshot.budgets()
+        with store.transaction(frozenset({WHOLE_LEDGER, *names})):
             pass
     except AccountantError as error:
         yield Finding("lock", ok=False, detail=f"not had: {error}")
@@ -136,7 +147,10 @@ def _anchor(snapshot: Snapshot) -> Finding:
             detail="no checkpoint was ever signed: whoever owns the ledger can put an older copy"
             " in its place; run epsledger anchor publish, often",
         )
-    checkpoint = Checkpoint.from_text(unverified(notes[-1].note)[0])
+    try:
+        checkpoint = Checkpoint.from_text(unverified(notes[-1].note)[0])
+    except AnchorInvalid as error:
+        return Finding("anchor", ok=False, detail=f"the last checkpoint is unreadable: {error}")
     at = {head.budget: head.seq for head in checkpoint.heads}
     since = sum(snapshot.row(name).seq - at.get(name, 0) for name in snapshot.budgets())
     when = next((line[5:] for line in checkpoint.lines if line.startswith("time ")), "")

@@ -98,8 +98,14 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
             return book.append(Kind.CLOSE, now, note=note)
         case Charge():
             return _charge(tx, request, now)
-        case Correct():
+        case Correct(budgets=names):
             priced = _priced(tx, request)
+            for successor in tx.budgets():
+                if successor.supersedes in names and successor.name not in names:
+                    raise InvalidRequest(
+                        f"budget {successor.supersedes!r} was superseded by {successor.name!r},"
+                        " which carries its spend; correct both together"
+                    )
             reached = [
                 book.budget.filter.after(book.totals, price, request.uses)
                 for book, _, price in priced
@@ -189,22 +195,21 @@ def _open(tx: Transaction, ask: Open, now: int) -> Receipt:
         if other.name != budget.supersedes and other.name not in replaced and budget.covers(other):
             raise DatasetCovered(name, other.name)
     limits = budget.filter
-    book = Book(budget, totals=(0,) * len(limits.limits))
-    totals, priced = book.totals, []
+    totals: Price = (0,) * len(limits.limits)
     for event, uses in imported:
-        digested, price = tx.price(book, event)
-        priced.append((digested, uses))
+        price = limits.price(event)
         totals, before = limits.after(totals, price, uses), totals
         if not limits.admits(totals):
             fit = limits.uses_that_fit(before, price)
             raise BudgetExceeded(name, event, uses, fit, limits.advice(price))
-    tx.add_book(book)
+    book = Book(budget, totals=totals)
+    tx.add_book(book)  # from here on nothing is refused
     receipt = book.append(Kind.OPEN, now, event=digest(budget.to_json()))
-    for digested, uses in priced:
+    for event, uses in imported:
+        digested, _ = tx.price(book, event)
         tx.keep_event(book, digested)
         origin = "imported" if old is None else old.budget.name
         book.append(Kind.IMPORT, now, event=digested, uses=uses, activity=origin)
-    book.totals = totals
     if old is not None and not old.closed:
         old.closed = True
         old.append(Kind.CLOSE, now, event=digest(budget.to_json()), note=f"superseded by {name}")
@@ -259,6 +264,9 @@ def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
 
 def _admit(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> Outcome:
     refusals, reached = [], []
+    for book, _, _ in priced:
+        if book.closed:
+            raise BudgetClosed(book.budget.name)
     for book, event, price in priced:
         limits = book.budget.filter
         reached.append(limits.after(book.totals, price, ask.uses))
@@ -349,8 +357,6 @@ def _priced(tx: Transaction, ask: Ask) -> _Priced:
     """Return the books that are asked, each with digest and price of the event."""
     books = [tx.book(name) for name in ask.budgets]
     for book in books:
-        if book.closed and not isinstance(ask, Correct):
-            raise BudgetClosed(book.budget.name)
         expected = (book.budget.unit, book.budget.filter.relation)
         if (ask.unit, ask.relation) != expected:
             raise UnitMismatch(book.budget.name, expected, (ask.unit, ask.relation))
@@ -364,7 +370,7 @@ def _priced(tx: Transaction, ask: Ask) -> _Priced:
 
 
 def _held(tx: Transaction, ask: Mark | Settle | Void | Adopt) -> _Held:
-    held = []
+    held: _Held = []
     for name, seq in ask.holds:
         book, hold = tx.book(name), tx.hold(name, seq)
         if hold is None or not hold.open:
@@ -374,7 +380,10 @@ def _held(tx: Transaction, ask: Mark | Settle | Void | Adopt) -> _Held:
                 f"reservation {seq} of budget {name!r} is held in {_chains(hold.holder)} budgets;"
                 " name all of them"
             )
-        if hold.holder != _holder(ask.holder, len(ask.holds)) and not isinstance(ask, Adopt):
+        if isinstance(ask, Adopt):
+            if held and hold.holder != held[0][1].holder:
+                raise ReservationError(f"reservation {seq} of budget {name!r} is another one")
+        elif hold.holder != _holder(ask.holder, len(ask.holds)):
             raise ReservationError(f"reservation {seq} of budget {name!r} has another holder")
         held.append((book, hold))
     return held

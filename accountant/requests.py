@@ -136,6 +136,11 @@ class Charge(Ask):
 class Correct(Ask):
     """Ask to record a spend that was missed; it is recorded even where it does not fit."""
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What it locks: all, for a budget that supersedes one of these must have it, too."""
+        return frozenset({WHOLE_LEDGER, *self.budgets})
+
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Ask):
@@ -159,6 +164,16 @@ class _OfHolder:
     holds: Holds
     holder: str
 
+    def __post_init__(self) -> None:
+        for hold in self.holds:
+            if len(hold) != len(("budget", "seq")):
+                raise InvalidRequest(f"a hold is (budget, seq), got {hold!r}")
+            label(budget=hold[0])
+            validate.count(seq=hold[1])
+        if not self.holds or len(self.names) < len(self.holds):
+            raise InvalidRequest(f"holds must name each budget once, got {self.holds!r}")
+        label(holder=self.holder)
+
     @property
     def names(self) -> frozenset[str]:
         """What it locks."""
@@ -172,6 +187,7 @@ class Mark(_OfHolder):
     uses: int = 1
 
     def __post_init__(self) -> None:
+        _OfHolder.__post_init__(self)
         validate.count(uses=self.uses)
 
 
@@ -183,6 +199,11 @@ class Settle(_OfHolder):
     """
 
     marked: int = 0
+
+    def __post_init__(self) -> None:
+        _OfHolder.__post_init__(self)
+        if self.marked:
+            validate.count(marked=self.marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +217,10 @@ class Adopt(_OfHolder):
 
     event: Event
 
+    def __post_init__(self) -> None:
+        _OfHolder.__post_init__(self)
+        of_type(Event, event=self.event)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -206,6 +231,7 @@ class Answer:
     answer: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
+        label(budget=self.budget)
         label(key=self.key)
         of_type(bytes, answer=self.answer)
 

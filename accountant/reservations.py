@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from accountant.errors import ReservationError
+from accountant.forks import process
 from accountant.requests import Borrow, Holds, Mark, Receipt, Settle, Void
 from accountant.writer import Writer
 from dp import Event
@@ -111,7 +111,8 @@ class Lease:
     Uses are reserved durably in blocks and marked in memory, so that a mark costs less than a
     microsecond, and a commit is needed once a block. As a context manager it closes on a normal
     exit; what a crash, a fork or an exception leaves of a block stays spent. Blocks shrink to
-    single uses as the budget runs out. Safe to share between threads.
+    single uses as the budget runs out. What is left of a block when its budget is closed was
+    charged before, and can still be taken. Safe to share between threads.
 
     Attributes:
         event: One use.
@@ -121,7 +122,7 @@ class Lease:
     def __init__(self, writer: Writer, ask: Borrow) -> None:
         self.event, self.marked = ask.event, 0
         self._writer, self._ask = writer, ask
-        self._process, self._boot = os.getpid(), boot()
+        self._process, self._boot = process(), boot()
         self._lock = threading.Lock()
         self._holds: Holds = ()
         self._granted = self._left = 0
@@ -135,17 +136,21 @@ class Lease:
             BudgetExceeded: If no use is left in the budget.
             ReservationError: If the lease has ended, or belongs to another process.
         """
+        if process() != self._process:  # before the lock: a fork may have copied it taken
+            self._check_owner()
         with self._lock:
-            if not self._left or os.getpid() != self._process:
+            if not self._left:
                 self._refill()
             self._left -= 1
             self.marked += 1
 
     def close(self) -> None:
         """Return the uses that were never marked, and end the lease."""
+        if not self._open:
+            return
+        self._check_owner()
         with self._lock:
             if self._open:
-                self._check_owner()
                 self._settle()
                 self._open = False
 
@@ -176,7 +181,7 @@ class Lease:
     def _check_owner(self) -> None:
         if not self._open:
             raise ReservationError("this lease has ended; ask for another one")
-        if (os.getpid(), boot()) != (self._process, self._boot):
+        if (process(), boot()) != (self._process, self._boot):
             raise ReservationError(
                 "this lease belongs to another process or boot; ask for one in this process"
             )

@@ -120,8 +120,7 @@ def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verifi
     checked = [
         replace(each, problems=(*each.problems, *amiss.get(each.budget, ()))) for each in checked
     ]
-    seen = snapshot.remembered.seen
-    known = sum(each.budget in seen for each in checked)
+    known = sum(each.budget in snapshot.seen for each in checked)
     anchors = [
         problem
         for checkpoint in checkpoints

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import NamedTuple
 
 from accountant.errors import (
     AccountantError,
@@ -35,7 +36,14 @@ _LOG = logging.getLogger(__name__)
 MAX_BATCH = 512
 PATIENCE_SECONDS = 120.0
 """How long a caller waits for its turn."""
-_Job = tuple[Request, "Future[Outcome]"]
+
+
+class _Job(NamedTuple):
+    """A request, what it locks, and where its caller waits."""
+
+    request: Request
+    names: frozenset[str]
+    done: Future[Outcome]
 
 
 class Writer:
@@ -60,27 +68,33 @@ class Writer:
             AccountantError: If it failed otherwise.
             DPError: If its event has no price.
         """
-        done = self.enqueue(request)
-        try:
-            return answer(done.result(PATIENCE_SECONDS))
-        except TimeoutError:
-            if done.cancel():
-                raise LedgerUnavailable(
-                    f"no turn in {PATIENCE_SECONDS:.0f} s: another writer holds the ledger;"
-                    " nothing was charged"
-                ) from None
-            raise OutcomeUnknown(
-                f"no answer in {PATIENCE_SECONDS:.0f} s; count it as spent"
-            ) from None
+        # A caller waits on this and not on the future: an interrupt can leave a future's own
+        # lock taken, and the thread would wait for it for ever.
+        ready = threading.Lock()
+        ready.acquire()
+        done = self.enqueue(request, lambda _: ready.release())
+        if ready.acquire(timeout=PATIENCE_SECONDS):
+            return answer(done.result())
+        if done.cancel():
+            raise LedgerUnavailable(
+                f"no turn in {PATIENCE_SECONDS:.0f} s: another writer holds the ledger;"
+                " nothing was charged"
+            )
+        raise OutcomeUnknown(f"no answer in {PATIENCE_SECONDS:.0f} s; count it as spent")
 
-    def enqueue(self, request: Request) -> Future[Outcome]:
-        """Queue one request; its future is done when its entry is durable."""
+    def enqueue(
+        self, request: Request, then: Callable[[Future[Outcome]], object] | None = None
+    ) -> Future[Outcome]:
+        """Queue one request; its future is done, and ``then`` called, when its entry is durable."""
         self._store.check_process()
         done: Future[Outcome] = Future()
+        if then is not None:
+            done.add_done_callback(then)
+        job = _Job(request, request.names, done)
         with self._door:
             if self._closed:
                 raise LedgerUnavailable("this accountant is closed; open the ledger again")
-            self._jobs.put((request, done))
+            self._jobs.put(job)
         return done
 
     def close(self) -> None:
@@ -97,11 +111,16 @@ class Writer:
         try:
             open_ = True
             while open_ or self._left_over:
-                job = self._left_over.pop(0) if self._left_over else self._jobs.get()
-                if job is None:
-                    open_ = False
-                elif _begun(job):
-                    self._batch = [job]
+                if self._left_over:
+                    waiting = self._left_over
+                    self._batch, self._left_over = waiting[:MAX_BATCH], waiting[MAX_BATCH:]
+                else:
+                    job = self._jobs.get()
+                    if job is None:
+                        return
+                    self._batch = [job] if _begun(job) else []
+                open_ = self._drain(lambda _: True) and open_
+                if self._batch:
                     open_ = self._commit() and open_
         finally:
             self._turn_away()
@@ -110,9 +129,9 @@ class Writer:
         """Leave no caller waiting, whatever ended the thread."""
         with self._door:
             self._closed = True
-        for _, done in self._batch:
-            if not done.done():
-                done.set_exception(
+        for job in self._batch:
+            if not job.done.done():
+                job.done.set_exception(
                     OutcomeUnknown("the writer thread ended in the middle; count it as spent")
                 )
         waiting = self._left_over
@@ -120,35 +139,40 @@ class Writer:
             while True:
                 waiting.append(self._jobs.get_nowait())  # type: ignore[arg-type]
         for job in waiting:
-            if job is not None and (job[1].running() or _begun(job)):
-                job[1].set_exception(LedgerUnavailable("the writer thread has ended"))
+            if job is not None and (job.done.running() or _begun(job)):
+                job.done.set_exception(LedgerUnavailable("the writer thread has ended"))
 
     def _commit(self) -> bool:
-        """Carry out one batch from the job in hand; return False if the queue ended in it."""
-        batch = self._batch
+        """Carry out the batch; return False if the queue ended meanwhile."""
+        batch, going, at_fault = self._batch, True, None
         outcomes: list[Outcome | AccountantError | DPError] = []
         started = time.monotonic()
-        going = self._drain(batch, lambda _: True)
         try:
-            names = frozenset().union(*(request.names for request, _ in batch))
+            names = frozenset().union(*(job.names for job in batch))
             with self._store.transaction(names) as tx:
-                going = going and self._drain(batch, self._store.covers)
+                going = self._drain(self._store.covers)
                 now = time.time_ns() // 1000
-                for request, _ in batch:
+                for job in batch:
                     try:
-                        outcomes.append(decide(tx, request, now))
+                        outcomes.append(decide(tx, job.request, now))
                     except (AccountantError, DPError) as error:
                         outcomes.append(error)
+                    except Exception:
+                        at_fault = job
+                        raise
         except BaseException as error:  # noqa: BLE001 - every waiting caller must learn of it
-            for _, done in batch:
-                done.set_exception(error)
+            if at_fault is not None and not isinstance(error, AccountantError):
+                self._left_over[:0] = [job for job in batch if job is not at_fault]
+                self._batch = batch = [at_fault]  # a defect of one request is not the others'
+            for job in batch:
+                job.done.set_exception(error)
             return going
         self._seen(tx, outcomes, time.monotonic() - started)
-        for (_, done), outcome in zip(batch, outcomes, strict=True):
+        for job, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, BudgetExceeded):
-                done.set_exception(outcome)
+                job.done.set_exception(outcome)
             else:
-                done.set_result(outcome)
+                job.done.set_result(outcome)
         return going
 
     def _seen(self, tx: Transaction, outcomes: Sequence[object], seconds: float) -> None:
@@ -159,9 +183,9 @@ class Writer:
         except Exception:  # noqa: BLE001 - an application's meter may raise anything
             _LOG.exception("telemetry failed")
 
-    def _drain(self, batch: list[_Job], covers: Callable[[frozenset[str]], bool]) -> bool:
+    def _drain(self, covers: Callable[[frozenset[str]], bool]) -> bool:
         """Add what waits to the batch; return False if the queue ended in it."""
-        while len(batch) < MAX_BATCH:
+        while len(self._batch) < MAX_BATCH:
             try:
                 job = self._jobs.get_nowait()
             except queue.Empty:
@@ -169,7 +193,7 @@ class Writer:
             if job is None:
                 return False
             if _begun(job):
-                (batch if covers(job[0].names) else self._left_over).append(job)
+                (self._batch if covers(job.names) else self._left_over).append(job)
         return True
 
 
@@ -182,4 +206,4 @@ def answer(outcome: Outcome) -> Receipt:
 
 def _begun(job: _Job) -> bool:
     """Say whether the job is to be carried out: its caller did not take it back."""
-    return job[1].running() or job[1].set_running_or_notify_cancel()
+    return job.done.set_running_or_notify_cancel()

@@ -179,8 +179,8 @@ class Filter:
 
         Args:
             spent: (price, uses, times): how often that many uses of an event were spent at once.
-            totals: What the lanes are said to hold. Only the lanes of slots are taken from it:
-                which uses found a slot free depends on the order.
+            totals: What the lanes are said to hold. Only the lanes of slots are taken from it,
+                for which uses found a slot free depends on the order, and a lane above its limit.
 
         >>> from dp import pure
         >>> pure(1.0).sums([((2**30,), 3, 2)], (0,))
@@ -200,7 +200,10 @@ class Filter:
             ]
         taken = totals[:-1]
         over = (a - t for a, t in zip(asked[:-1], taken, strict=True))
-        return (*taken, asked[-1] + sum(map(mul, over, self._beyond)))
+        rest = asked[-1] + sum(map(mul, over, self._beyond))
+        if min(rest, totals[-1]) > self.limits[-1]:
+            rest = totals[-1]  # above the limit: each charge was capped by itself
+        return (*taken, rest)
 
     def _beyond_slots(self, price: Price, uses: int, rooms: Iterable[int]) -> Price:
         asked = [uses * each for each in price]

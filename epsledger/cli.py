@@ -185,13 +185,13 @@ def close(name: str, note: str, ledger: str) -> None:
 
 
 @budget.command("correct")
-@click.argument("name")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @_event_options
 @click.option("--activity", required=True, help="What it was for.")
 @click.option("--note", default="", help="Why it was missed.")
 @_LEDGER
 def correct(
-    name: str,
+    names: tuple[str, ...],
     uses: int,
     activity: str,
     note: str,
@@ -199,12 +199,15 @@ def correct(
     written: str | None,
     **event: float | None,
 ) -> None:
-    """Record a spend that was missed, even where it does not fit. Nothing lowers a spend."""
+    """Record a spend that was missed, even where it does not fit. Nothing lowers a spend.
+
+    Name every budget that it is charged to: of a superseded one also what carries its spend.
+    """
     with told(), _existing(ledger) as accountant:
         asked, _ = _event(written, **event)
-        budget = accountant.budget(name)
+        budget = accountant.budget(names[0])
         receipt = accountant.correct(
-            name,
+            names,
             asked,
             uses=uses,
             unit=budget.unit,
@@ -212,8 +215,10 @@ def correct(
             activity=activity,
             note=note,
         )
-        share = accountant.statement(name).share
-    click.echo(f"{name}: {uses} x {asked!r} recorded as entry {receipt.seq}; {share:.2%} used")
+        for each in (receipt, *receipt.linked):
+            share = accountant.statement(each.budget).share
+            done = f"{uses} x {asked!r} recorded as entry {each.seq}"
+            click.echo(f"{each.budget}: {done}; {share:.2%} used")
 
 
 @budget.command("fingerprint")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from rich.table import Table
 from rich.text import Text
@@ -21,11 +19,7 @@ LEDGER = click.option(
 
 def existing(ledger: str) -> Accountant:
     """Open a ledger that is there: a mistyped path must not become an empty ledger."""
-    if "://" not in ledger and not Path(ledger).exists():
-        raise click.ClickException(
-            f"no ledger at {ledger}; give --ledger or EPSLEDGER_LEDGER, or create a budget first"
-        )
-    return Accountant.open(ledger)
+    return Accountant.open(ledger, create=False)
 
 
 def add_row(table: Table, *cells: str) -> None:

@@ -63,7 +63,7 @@ def postgres_server():
 
 @pytest.fixture
 def new_database(postgres_server):
-    """Make an empty database; return its URL."""
+    """Make an empty database, with the options given; return its URL."""
     url, made = make_url(postgres_server), []
 
     def administer(statement: str) -> None:
@@ -71,9 +71,9 @@ def new_database(postgres_server):
         with psycopg.connect(plain, autocommit=True) as connection:
             connection.execute(statement)
 
-    def new() -> str:
+    def new(options: str = "") -> str:
         name = f"epsledger_{secrets.token_hex(6)}"
-        administer(f"CREATE DATABASE {name}")
+        administer(f"CREATE DATABASE {name} {options}")
         made.append(name)
         return url.set(database=name).render_as_string(hide_password=False)
 

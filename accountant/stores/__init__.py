@@ -39,19 +39,20 @@ class Store(Protocol):
         """Close every connection; in a forked child, touch none of the parent's."""
 
 
-def open_store(location: str | Path) -> Store:
+def open_store(location: str | Path, *, create: bool = True) -> Store:
     """Return the store at a path or URL.
 
     Args:
         location: Path of an SQLite file, or a URL: ``sqlite:///...``, ``postgresql+psycopg://...``
             or ``memory:`` for a ledger that ends with its process.
+        create: Whether a missing file, or an empty database, becomes an empty ledger.
 
     Raises:
         LedgerUnavailable: If it cannot be opened or is some other program's database.
         LedgerCorrupt: If it is not a database.
         SchemaMismatch: If another schema version wrote it.
     """
-    if location == "memory:":
+    if location == "memory:" and create:
         from accountant.stores.memory import MemoryStore
 
         return MemoryStore()
@@ -59,10 +60,10 @@ def open_store(location: str | Path) -> Store:
     if url.get_backend_name() == "postgresql":
         from accountant.stores.postgres import PostgresStore
 
-        return PostgresStore(url)
+        return PostgresStore(url, create=create)
     from accountant.stores.sqlite import SqliteStore
 
-    return SqliteStore(url)
+    return SqliteStore(url, create=create)
 
 
 def ledger_url(location: str | Path) -> URL:

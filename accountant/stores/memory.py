@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any
 
 from accountant.entries import SPENDS, unpack
 from accountant.errors import LedgerCorrupt, LedgerUnavailable, UnknownBudget
+from accountant.forks import process
 from accountant.stores.rows import (
     BudgetRow,
     CheckpointRow,
@@ -39,12 +39,14 @@ class MemoryStore:
     Attributes:
         ledger: Identity of the ledger.
         remembered: What this process saw of it.
+        seen: The budgets among that.
     """
 
     def __init__(self) -> None:
         self.ledger = secrets.token_hex(16)
         self.remembered = Remembered()
-        self._process = os.getpid()
+        self.seen = self.remembered.seen
+        self._process = process()
         self._lock = threading.RLock()
         self._rows: dict[Any, dict[Any, Any]] = {kind: {} for kind in _LENGTH_OF_KEY}
         self._written: list[tuple[Any, ...]] = []
@@ -74,7 +76,7 @@ class MemoryStore:
 
     def check_process(self) -> None:
         """Raise in a forked child: what it writes, its parent does not see."""
-        if os.getpid() != self._process:
+        if process() != self._process:
             raise LedgerUnavailable("a ledger in memory belongs to the process that made it")
 
     def close(self) -> None:
@@ -104,8 +106,8 @@ class MemoryStore:
         return self._rows[KeyRow].get((budget, key))
 
     def read_open_reservations(self, budget: str) -> list[int]:
-        """Return the ``seq`` of the reservations of a budget that have not ended."""
-        return [row.seq for row in self.reservations(budget) if row.open]
+        """Return the ``seq`` of the open reservations of a budget, without leases."""
+        return [row.seq for row in self.reservations(budget) if row.open and not row.lease]
 
     def read_spent(self, budget: str) -> list[Spent]:
         """Return what the entries of a budget spent, added up; reservations by their marks."""

@@ -7,6 +7,7 @@ one transaction, only when asked for: older processes must not have the ledger o
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DatabaseError
@@ -40,6 +41,10 @@ def migrate(url: URL, step: Callable[[int], object] = int) -> tuple[int, ...]:
         SchemaMismatch: If a newer epsledger wrote it.
         LedgerUnavailable: If it cannot be locked or written; then it is as it was.
     """
+    if url.get_backend_name() != "sqlite":
+        raise LedgerUnavailable("PostgreSQL ledgers exist since version 2 and need no migration")
+    if not Path(str(url.database)).exists():
+        raise LedgerUnavailable(f"no ledger at {url.database}; is that the right place?")
     engine = create_engine(url)
     event.listen(engine, "connect", configure)
     event.listen(engine, "begin", start)

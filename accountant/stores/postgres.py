@@ -23,7 +23,7 @@ from accountant.errors import (
     SchemaMismatch,
 )
 from accountant.requests import WHOLE_LEDGER
-from accountant.stores.schema import METADATA, SCHEMA_VERSION, new_ledger
+from accountant.stores.schema import METADATA, SCHEMA_VERSION, new_ledger, postgres_triggers
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
@@ -49,7 +49,8 @@ class PostgresStore(SqlStore):
     """A ledger in a PostgreSQL database.
 
     Args:
-        url: A ``postgresql+psycopg://`` URL. Missing tables are created.
+        url: A ``postgresql+psycopg://`` URL.
+        create: Whether missing tables are created.
 
     Raises:
         LedgerUnavailable: If it cannot be reached, or would not keep what it acknowledges.
@@ -59,12 +60,12 @@ class PostgresStore(SqlStore):
     statements: ClassVar[Statements] = Statements("%s", " FOR UPDATE")
     _driver_error = psycopg.Error
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, create: bool = True) -> None:
         engine = create_engine(url, max_overflow=-1, pool_pre_ping=True)
         event.listen(engine, "connect", _configure)
         self._held: frozenset[str] = frozenset()
         self._doubt: str | None = None
-        super().__init__(url, engine)
+        super().__init__(url, engine, create=create)
 
     def covers(self, names: frozenset[str]) -> bool:
         """Say whether the transaction in hand holds the lock of these budgets."""
@@ -75,13 +76,23 @@ class PostgresStore(SqlStore):
         with self.engine.connect() as connection:
             return probe(connection)
 
-    def _prepare(self) -> str:
+    def missing_triggers(self) -> list[str]:
+        """Return the names of the triggers that the ledger has lost, or that are disabled."""
+        with self.engine.connect() as connection:
+            query = "SELECT tgname FROM pg_trigger WHERE tgenabled IN ('O', 'A')"
+            found = set(connection.exec_driver_sql(query).scalars())
+        names = [text.split()[2] for text in postgres_triggers() if "CREATE TRIGGER" in text]
+        return [name for name in names if name not in found]
+
+    def _prepare(self, *, create: bool) -> str:
         with self.engine.begin() as connection:
             for warning in probe(connection):
                 _LOG.warning("%s: %s", self.place, warning)
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (_BIRTH,))
             known = "SELECT to_regclass('epsledger_ledger') IS NOT NULL"
             if not connection.exec_driver_sql(known).scalar():
+                if not create:
+                    raise self._no_ledger()
                 METADATA.create_all(connection, checkfirst=False)
                 new_ledger(connection)
             found = connection.exec_driver_sql("SELECT id, schema_version FROM epsledger_ledger")

@@ -11,7 +11,7 @@ from accountant.errors import UnknownBudget
 from accountant.stores.rows import BudgetRow, CheckpointRow, Spent
 from accountant.stores.schema import BUDGET, CHECKPOINT, ENTRY, EVENT, KEY, RESERVATION
 from accountant.stores.statements import SPEND_KINDS, Statements
-from accountant.stores.transaction import Remembered
+from accountant.stores.transaction import check_not_back
 
 
 class Snapshot(Protocol):
@@ -19,14 +19,14 @@ class Snapshot(Protocol):
 
     Attributes:
         ledger: Identity of the ledger.
-        remembered: What this process, or an earlier one on this machine, saw of it.
+        seen: What this process, or an earlier one on this machine, had seen of each budget.
     """
 
     ledger: str
-    remembered: Remembered
+    seen: dict[str, tuple[int, bytes]]
 
     def budgets(self) -> list[str]:
-        """Return the names of all budgets, sorted."""
+        """Return the names of all budgets, sorted; also of those seen that are missing."""
 
     def row(self, budget: str) -> BudgetRow:
         """Return the stored row of a budget.
@@ -65,14 +65,18 @@ class SqlSnapshot:
     """A read transaction of a SQL database."""
 
     def __init__(
-        self, ledger: str, connection: Connection, statements: Statements, remembered: Remembered
+        self,
+        ledger: str,
+        connection: Connection,
+        statements: Statements,
+        seen: dict[str, tuple[int, bytes]],
     ) -> None:
-        self.ledger, self.remembered = ledger, remembered
+        self.ledger, self.seen = ledger, seen
         self._connection, self._statements = connection, statements
 
     def budgets(self) -> list[str]:
-        """Return the names of all budgets, sorted."""
-        return list(self._connection.execute(select(BUDGET.c.name).order_by("name")).scalars())
+        """Return the names of all budgets, sorted; also of those seen that are missing."""
+        return sorted({*self._stored_budgets(), *self.seen}, key=str)
 
     def row(self, budget: str) -> BudgetRow:
         """Return the stored row of a budget.
@@ -82,10 +86,10 @@ class SqlSnapshot:
             LedgerCorrupt: If it went back since it was last seen.
         """
         found = self._connection.execute(select(BUDGET).where(BUDGET.c.name == budget)).first()
-        if found is None:
+        row = None if found is None else BudgetRow(*found)
+        check_not_back(budget, row, self.seen, self.read_digest)
+        if row is None:
             raise UnknownBudget(budget)
-        row = BudgetRow(*found)
-        self.remembered.check_not_back(row, self)
         return row
 
     def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
@@ -128,11 +132,14 @@ class SqlSnapshot:
 
     def strays(self) -> list[str]:
         """Return the names under which rows are stored that no budget has."""
-        known = set(self.budgets())
+        known = self._stored_budgets()
         found: set[str] = set()
         for table in (ENTRY, EVENT, RESERVATION, KEY):
             found.update(self._connection.execute(select(table.c.budget).distinct()).scalars())
         return sorted(found - known)
+
+    def _stored_budgets(self) -> set[str]:
+        return set(self._connection.execute(select(BUDGET.c.name)).scalars())
 
     def _all(self, table: Any, budget: str) -> list[Any]:
         return list(self._connection.execute(select(table).where(table.c.budget == budget)))

@@ -6,7 +6,6 @@ than SQLite needs to run it. Schema and snapshots go through SQLAlchemy.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, OutcomeUnknown
+from accountant.forks import process
 from accountant.marks import HighWaterMarks
 from accountant.stores.rows import BudgetRow, EventRow, KeyRow, ReservationRow, Spent
 from accountant.stores.snapshot import SqlSnapshot
@@ -38,13 +38,17 @@ class SqlStore(ABC):
 
     statements: ClassVar[Statements]
 
-    def __init__(self, url: URL, engine: Engine) -> None:
+    def __init__(self, url: URL, engine: Engine, *, create: bool) -> None:
         self.url, self.engine = url, engine
-        self._process = os.getpid()
+        self._process = process()
         self._connection: Any = None
         self.remembered = Remembered()
-        with self.translated():
-            self.ledger = self._prepare()
+        try:
+            with self.translated():
+                self.ledger = self._prepare(create=create)
+        except AccountantError:
+            engine.dispose()
+            raise
         self.marks = HighWaterMarks.open(self.ledger)
         if self.marks is not None:
             self.remembered.seen.update(self.marks.read())
@@ -85,8 +89,9 @@ class SqlStore(ABC):
     def snapshot(self) -> Iterator[SqlSnapshot]:
         """Read one consistent state; writers are not held up."""
         self.check_process()
+        seen = dict(self.remembered.seen)  # before: the writer goes on while this is read
         with self.translated(), self._reading() as connection:
-            yield SqlSnapshot(self.ledger, connection, self.statements, self.remembered)
+            yield SqlSnapshot(self.ledger, connection, self.statements, seen)
 
     @property
     def place(self) -> str:
@@ -95,14 +100,14 @@ class SqlStore(ABC):
 
     def check_process(self) -> None:
         """Raise in a forked child: it must not use the parent's connections, nor its locks."""
-        if os.getpid() != self._process:
+        if process() != self._process:
             raise LedgerUnavailable(
                 "this ledger was opened before a fork; open it again in the child process"
             )
 
     def close(self) -> None:
         """Close every connection; in a forked child, touch none of the parent's."""
-        if os.getpid() != self._process:
+        if process() != self._process:
             return
         self._discard()
         self.engine.dispose()
@@ -151,7 +156,7 @@ class SqlStore(ABC):
         return self._one(KeyRow, budget, key)
 
     def read_open_reservations(self, budget: str) -> list[int]:
-        """Return the ``seq`` of the reservations of a budget that have not ended."""
+        """Return the ``seq`` of the open reservations of a budget, without leases."""
         return [seq for (seq,) in self._execute(self.statements.open_reservations, (budget,))]
 
     def read_spent(self, budget: str) -> list[Spent]:
@@ -217,8 +222,17 @@ class SqlStore(ABC):
         """Say whether the transaction in hand holds the lock of these budgets."""
 
     @abstractmethod
-    def _prepare(self) -> str:
-        """Make an empty database a ledger, check its version, and return the ledger's id."""
+    def _prepare(self, *, create: bool) -> str:
+        """Make an empty database a ledger if asked to, check its version, return its id."""
+
+    def _no_ledger(self) -> LedgerUnavailable:
+        return LedgerUnavailable(
+            f"no ledger at {self.place}; is that the right place? The first budget makes one"
+        )
+
+    @abstractmethod
+    def missing_triggers(self) -> list[str]:
+        """Return the names of the triggers that the ledger has lost, or that were changed."""
 
     @abstractmethod
     def _connect(self) -> Any:

@@ -2,9 +2,9 @@
 
 A write transaction starts with ``BEGIN IMMEDIATE``: with the default of SQLAlchemy and SQLModel
 on SQLite, two threads read the same totals and overspend without an error. ``synchronous=FULL``
-makes a commit survive a power cut. Processes take turns by a lock on the ledger's folder, which
-the kernel hands out; SQLite by itself lets waiting processes poll. The turn is for fairness
-alone, the database's lock decides.
+makes a commit survive a power cut. Processes take turns by a lock on the ledger's folder,
+for which they wait in steps of a tenth of a millisecond; SQLite by itself lets them sleep up to a
+thousand times as long. The turn is for fairness alone, the database's lock decides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, SchemaMismatch
 from accountant.stores.inode import inode
-from accountant.stores.schema import APPLICATION_ID, METADATA, SCHEMA_VERSION, new_ledger
+from accountant.stores.schema import (
+    APPLICATION_ID,
+    METADATA,
+    SCHEMA_VERSION,
+    new_ledger,
+    sqlite_triggers,
+)
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
@@ -43,6 +49,8 @@ _NETWORK_FILE_SYSTEMS = frozenset(
     }
 )
 _PATIENCE_SECONDS = 30
+_TURN_SECONDS = 1.0
+_POLL_SECONDS = 1e-4
 _BUSY_MILLISECONDS = 30_000
 
 
@@ -50,7 +58,8 @@ class SqliteStore(SqlStore):
     """A ledger in an SQLite file.
 
     Args:
-        url: An ``sqlite:///`` URL. A missing file is created.
+        url: An ``sqlite:///`` URL.
+        create: Whether a missing or empty file becomes a ledger.
 
     Raises:
         LedgerUnavailable: If it cannot be opened or is some other program's database.
@@ -61,14 +70,14 @@ class SqliteStore(SqlStore):
     statements: ClassVar[Statements] = Statements("?")
     _driver_error = sqlite3.Error
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, create: bool = True) -> None:
         engine = create_engine(url, max_overflow=-1)
         event.listen(engine, "connect", configure)
         event.listen(engine, "begin", start)
         self._path = ""
         self._log: tuple[int, int] | None = None
         self._turn = -1
-        super().__init__(url, engine)
+        super().__init__(url, engine, create=create)
         self._file = inode(self._path)
         with suppress(OSError):
             self._turn = os.open(Path(self._path).parent, os.O_RDONLY | os.O_CLOEXEC)
@@ -119,7 +128,16 @@ class SqliteStore(SqlStore):
         finally:
             part.unlink(missing_ok=True)
 
-    def _prepare(self) -> str:
+    def missing_triggers(self) -> list[str]:
+        """Return the names of the triggers that the ledger has lost, or that were changed."""
+        with self.engine.connect() as connection:
+            query = "SELECT sql FROM sqlite_master WHERE type = 'trigger'"
+            found = set(connection.exec_driver_sql(query).scalars())
+        return [trigger.split()[2] for trigger in sqlite_triggers() if trigger not in found]
+
+    def _prepare(self, *, create: bool) -> str:
+        if not create and not Path(self.place).exists():
+            raise self._no_ledger()
         kind = file_system(Path(self.place))
         if kind in _NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
             raise LedgerUnavailable(
@@ -131,6 +149,8 @@ class SqliteStore(SqlStore):
             self._path = str(connection.exec_driver_sql("PRAGMA database_list").one()[2])
             if self._is_ledger(connection):
                 return _identity(connection)
+        if not create:
+            raise self._no_ledger()
         with self.engine.execution_options(ledger_write=True).begin() as connection:
             if not self._is_ledger(connection):
                 METADATA.create_all(connection, checkfirst=False)
@@ -155,8 +175,7 @@ class SqliteStore(SqlStore):
         return self.engine.raw_connection()
 
     def _begin(self, names: frozenset[str]) -> None:  # noqa: ARG002
-        if self._turn >= 0:
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self._take_turn()
         self._execute("BEGIN IMMEDIATE", ())
         self._check_version(self._execute("PRAGMA user_version", ())[0][0])
         self._log = self._log or inode(f"{self._path}-wal")
@@ -179,6 +198,19 @@ class SqliteStore(SqlStore):
     def _discard(self) -> None:
         super()._discard()
         self._end_turn()
+
+    def _take_turn(self) -> None:
+        """Wait for the turn; go on without it if whoever has it does not go on."""
+        patience = time.monotonic() + _TURN_SECONDS
+        while self._turn >= 0:
+            try:
+                fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    return
+                time.sleep(_POLL_SECONDS)
+            else:
+                return
 
     def _end_turn(self) -> None:
         if self._turn >= 0:

@@ -40,7 +40,8 @@ class Statements:
         self.by_key = {row: self._by_key(row) for row in (EventRow, ReservationRow, KeyRow)}
         self.digest = f"SELECT digest FROM epsledger_entry WHERE budget = {mark} AND seq = {mark}"  # noqa: S608
         self.open_reservations = (
-            f"SELECT seq FROM epsledger_reservation WHERE budget = {mark} AND open ORDER BY seq"  # noqa: S608
+            f"SELECT seq FROM epsledger_reservation WHERE budget = {mark} AND open AND NOT lease"  # noqa: S608
+            " ORDER BY seq"
         )
         self.checkpoints = "SELECT count(*) FROM epsledger_checkpoint"
         # What was spent, added up by the database: the replay of the chain has no part in it.

@@ -6,7 +6,7 @@ No SQL: a store shows its rows through :class:`Tables` and takes back what chang
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ class Tables(Protocol):
         """Return a reservation, or None."""
 
     def read_open_reservations(self, budget: str) -> Iterable[int]:
-        """Return the ``seq`` of the reservations of a budget that have not ended."""
+        """Return the ``seq`` of the open reservations of a budget, without leases."""
 
     def read_spent(self, budget: str) -> Iterable[Spent]:
         """Return what the entries of a budget spent, added up; reservations by their marks."""
@@ -79,27 +79,39 @@ class Remembered:
     prices: dict[tuple[str, Event], tuple[bytes, Price]] = field(default_factory=dict)
     budgets: dict[str, tuple[bytes, Budget]] = field(default_factory=dict)
     seen: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    checked: set[str] = field(default_factory=set)
 
-    def check_not_back(self, row: BudgetRow, tables: Any) -> None:
-        """Raise if a budget is older than, or another one than, what was seen of it.
 
-        Raises:
-            LedgerCorrupt: If an older copy of the ledger was put in its place, or it is a fork.
-        """
-        seen = self.seen.get(row.name)
-        if seen is None:
-            return
-        gone = row.seq < seen[0] or (row.seq == seen[0] and row.head != seen[1])
-        if not gone and row.name not in self.checked:
-            gone = row.seq > seen[0] and tables.read_digest(row.name, seen[0]) != seen[1]
-            self.checked.add(row.name)
-        if gone:
-            raise LedgerCorrupt(
-                f"budget {row.name!r} went back to entry {row.seq}, or on from a copy, after entry"
-                f" {seen[0]} ({seen[1].hex()[:16]}...) was seen: what was spent meanwhile is"
-                " missing. Put the newest copy back; if there is none, see docs/recovery.md"
-            )
+def check_not_back(
+    name: str,
+    row: BudgetRow | None,
+    seen: Mapping[str, tuple[int, bytes]],
+    digest_at: Callable[[str, int], bytes | None],
+) -> None:
+    """Raise if a budget is older than, or another one than, what was seen of it.
+
+    Args:
+        name: Of the budget.
+        row: What is stored of it now, or None.
+        seen: Position and digest of an entry that each budget had.
+        digest_at: Returns the digest of an entry by budget and position, None where there is none.
+
+    Raises:
+        LedgerCorrupt: If an older copy of the ledger was put in its place, or it is a fork.
+    """
+    if name not in seen:
+        return
+    seq, head = seen[name]
+    now = 0 if row is None else row.seq
+    if row is not None and now == seq:
+        gone = row.head != head
+    else:
+        gone = now < seq or digest_at(name, seq) != head
+    if gone:
+        raise LedgerCorrupt(
+            f"budget {name!r} went back to entry {now}, or on from a copy, after entry"
+            f" {seq} ({head.hex()[:16]}...) was seen: what was spent meanwhile is"
+            " missing. Put the newest copy back; if there is none, see docs/recovery.md"
+        )
 
 
 class Transaction:
@@ -119,12 +131,15 @@ class Transaction:
 
     def _load(self, names: Sequence[str]) -> None:
         self._loaded.update(names)
-        for row in self._tables.read_budgets(names):
+        rows = {row.name: row for row in self._tables.read_budgets(names)}
+        for name in names:
+            row = rows.get(name)
             try:
-                self._remembered.check_not_back(row, self._tables)
-                self._books[row.name] = (self._book(row), row)
+                check_not_back(name, row, self._remembered.seen, self._tables.read_digest)
+                if row is not None:
+                    self._books[name] = (self._book(row), row)
             except (LedgerCorrupt, ValueError) as error:  # of this budget alone
-                self._broken[row.name] = error
+                self._broken[name] = error
 
     def _book(self, row: BudgetRow) -> Book:
         known = self._remembered.budgets.get(row.name)
@@ -160,8 +175,14 @@ class Transaction:
         self._books[book.budget.name] = (book, None)
 
     def budgets(self) -> list[Budget]:
-        """Return all budgets; the request must have locked the whole ledger."""
+        """Return all budgets; the request must have locked the whole ledger.
+
+        Raises:
+            LedgerCorrupt: If one that was seen is missing.
+        """
         stored = [Budget.from_json(record) for record in self._tables.read_records()]
+        for name in self._remembered.seen.keys() - {budget.name for budget in stored}:
+            check_not_back(name, None, self._remembered.seen, self._tables.read_digest)
         return stored + [book.budget for book, row in self._books.values() if row is None]
 
     def spent(self, book: Book) -> Uses:
@@ -315,7 +336,6 @@ class Transaction:
             remembered.prices[name, asked] = (key, price)
         heads = {name: (book.seq, book.head) for name, (book, _) in self._books.items()}
         remembered.seen.update(heads)
-        remembered.checked.update(heads)
         return heads
 
 

@@ -85,13 +85,13 @@ def test_every_older_state_is_found_by_an_anchor(snapshots, tmp_path, monkeypatc
         with Accountant.open(snapshot) as accountant:
             assert accountant.verify().clean
             assert accountant.verify().rollback == "not checked"
-            verification = accountant.verify(notes, key=key)
+            verification = accountant.verify([notes], key=key)
             found += not verification.clean
             assert any("rolled back" in problem for problem in verification.anchors)
     print(f"{found} of {len(older)} older states found by an anchor, 0 without")
     assert found == len(older)
     with Accountant.open(location) as accountant:
-        verification = accountant.verify(notes, key=key)
+        verification = accountant.verify([notes], key=key)
         assert verification.clean
         assert verification.rollback == f"checked against {2 * SNAPSHOTS} anchors"
 
@@ -108,7 +108,9 @@ def test_two_copies_that_both_go_on(tmp_path, monkeypatch):
     with Accountant.open(other) as accountant:  # on another machine
         for _ in range(3):
             accountant.charge("tips", ONE, **ASK)
-        verification = accountant.verify(read_notes(tmp_path / "anchors"), key=SIGNER.verifier_key)
+        verification = accountant.verify(
+            [read_notes(tmp_path / "anchors")], key=SIGNER.verifier_key
+        )
         assert any("rewritten or forked" in problem for problem in verification.anchors)
     monkeypatch.undo()
     monkeypatch.setenv("EPSLEDGER_STATE", str(tmp_path / "elsewhere"))

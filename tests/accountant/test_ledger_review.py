@@ -1,0 +1,493 @@
+"""What a review of the ledger broke, each with the script that broke it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, suppress
+
+import psycopg
+import pytest
+from sqlalchemy import make_url, text
+
+from accountant import (
+    Accountant,
+    AnchorInvalid,
+    BudgetClosed,
+    BudgetExceeded,
+    InvalidRequest,
+    LedgerCorrupt,
+    LedgerUnavailable,
+    ReservationError,
+)
+from accountant.anchors import read_notes
+from accountant.doctor import examine
+from accountant.notes import Signer
+from dp import Gaussian, Laplace, PureDP, adaptive, planned, pure
+from tests.accountant.test_writer import in_one_batch
+
+ASK = {"unit": "article", "activity": "survey"}
+TENTH = PureDP(0.1)
+LIMITS = pure(1.001)
+ALICE, BOB = Signer("alice", bytes(32)), Signer("bob", bytes(range(32)))
+
+
+@pytest.fixture
+def books(location):
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("d", LIMITS, unit="article", dataset="sha256:1")
+        yield accountant
+
+
+def put_back(older, location):
+    for suffix in ("", "-wal", "-shm"):
+        location.with_name(location.name + suffix).unlink(missing_ok=True)
+    shutil.copy(older, location)
+
+
+def spent(accountant, event=TENTH, budget="d"):
+    """Charge one by one until it is refused; return how many were charged."""
+    for charged in range(100):
+        try:
+            accountant.charge(budget, event, **ASK)
+        except BudgetExceeded:
+            return charged
+    return 100
+
+
+def test_a_ledger_from_before_a_budget_was_made(location, tmp_path):
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("other", LIMITS, unit="article")
+        accountant.backup(tmp_path / "older.db")
+        accountant.create_budget("d", LIMITS, unit="article", dataset="sha256:1")
+        accountant.charge("d", TENTH, uses=9, **ASK)
+    put_back(tmp_path / "older.db", location)
+    with Accountant.open(location) as accountant:
+        verification = accountant.verify()
+        assert not verification.clean
+        assert "went back to entry 0" in verification.budgets[0].problems[0]
+        for name in ("d", "d-2"):
+            with pytest.raises(LedgerCorrupt, match="'d' went back to entry 0"):
+                accountant.create_budget(name, LIMITS, unit="article", dataset="sha256:1")
+        with pytest.raises(LedgerCorrupt, match="went back"):
+            accountant.checkpoint(ALICE)
+        assert accountant.charge("other", TENTH, **ASK).seq == 2
+
+
+_GO_ON = """
+import sys
+from accountant import Accountant
+from dp import PureDP
+with Accountant.open(sys.argv[1]) as accountant:
+    for _ in range(12):
+        accountant.charge("d", PureDP(0.001), unit="article", activity="elsewhere")
+"""
+
+
+def test_a_fork_that_went_past_what_a_running_process_saw(books, location, tmp_path, monkeypatch):
+    books.backup(tmp_path / "older.db")
+    for _ in range(5):
+        books.charge("d", TENTH, **ASK)
+    # The same file, as a failover is the same address; clients elsewhere go on with it.
+    with (
+        closing(sqlite3.connect(tmp_path / "older.db")) as older,
+        closing(sqlite3.connect(location)) as now,
+    ):
+        older.backup(now)
+    environment = {**os.environ, "EPSLEDGER_STATE": str(tmp_path / "elsewhere")}
+    subprocess.run([sys.executable, "-c", _GO_ON, location], env=environment, check=True)
+    for _ in range(2):
+        with pytest.raises(LedgerCorrupt, match="on from a copy"):
+            books.charge("d", TENTH, **ASK)
+    assert not books.verify().clean
+
+
+def test_a_postgres_failover_that_went_past_what_a_running_process_saw(
+    new_database, tmp_path, postgres_server
+):
+    location, copy = new_database(), f"copy_{os.getpid()}"
+    name = make_url(location).database
+    server = make_url(postgres_server).set(drivername="postgresql")
+
+    def alone(*statements):
+        with psycopg.connect(server.render_as_string(False), autocommit=True) as admin:
+            for statement in statements:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname IN (%s, %s)",
+                    (name, copy),
+                )
+                time.sleep(0.2)
+                admin.execute(statement)
+
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("d", LIMITS, unit="article")
+        alone(f"CREATE DATABASE {copy} TEMPLATE {name}")
+        for _ in range(6):
+            with suppress(LedgerUnavailable):  # the first finds its connection gone
+                accountant.charge("d", TENTH, **ASK)
+        alone(f"DROP DATABASE {name}", f"ALTER DATABASE {copy} RENAME TO {name}")
+        environment = {**os.environ, "EPSLEDGER_STATE": str(tmp_path / "elsewhere")}
+        subprocess.run([sys.executable, "-c", _GO_ON, location], env=environment, check=True)
+        for _ in range(2):
+            with suppress(LedgerUnavailable), pytest.raises(LedgerCorrupt, match="from a copy"):
+                accountant.charge("d", TENTH, **ASK)
+        with pytest.raises(LedgerCorrupt, match="from a copy"):
+            accountant.charge("d", TENTH, **ASK)
+        assert not accountant.verify().clean
+
+
+def test_a_hold_that_is_named_twice(books):
+    books.create_quota("q", LIMITS, of="d")
+    books.charge("d", TENTH, uses=5, **ASK)
+    held = books.reserve(("d", "q"), TENTH, uses=4, **ASK)
+    for holds in (
+        (held.holds[0], held.holds[0]),
+        (),
+        (("d",),),
+        (("d", 2**70),),
+        (("\ud800", 2),),
+        (("d", "2"),),
+    ):
+        with pytest.raises((InvalidRequest, ValueError), match=r"hold|seq|budget"):
+            books.adopt(holds, TENTH)
+    books.adopt([list(hold) for hold in held.holds], TENTH).settle()
+    assert spent(books) == 5
+    assert books.verify().clean
+
+
+def test_parts_of_two_reservations_are_not_one(books):
+    books.create_budget("e", LIMITS, unit="article")
+    first = books.reserve(("d", "e"), TENTH, uses=2, **ASK)
+    second = books.reserve(("d", "e"), TENTH, uses=2, **ASK)
+    with pytest.raises(ReservationError, match="another one"):
+        books.adopt((first.holds[0], second.holds[1]), TENTH)
+
+
+def test_the_price_in_a_budget_that_was_refused(books, location):
+    half = PureDP(0.5)
+    outcomes = in_one_batch(
+        location,
+        lambda: books.create_budget(
+            "x", adaptive(1.0, 1e-6), unit="article", imported=[(half, 100)]
+        ),
+        lambda: books.create_budget("x", LIMITS, unit="article"),
+        lambda: books.charge("x", half, **ASK),
+    )
+    assert isinstance(outcomes[0], BudgetExceeded)
+    assert spent(books, half, "x") == 1
+    assert books.verify().clean
+
+
+def test_a_correction_reaches_what_supersedes(books):
+    books.create_budget("d2", LIMITS, unit="article", dataset="sha256:1", supersedes="d")
+    with pytest.raises(InvalidRequest, match="superseded by 'd2'"):
+        books.correct("d", TENTH, uses=5, **ASK)
+    books.correct(("d", "d2"), TENTH, uses=5, **ASK)
+    assert spent(books, budget="d2") == 5
+    assert books.verify().clean
+
+
+def test_a_correction_beyond_a_plan_is_one_contradiction(books):
+    survey = Gaussian(10.0)
+    for name, event, uses in (("p", Laplace(0.1), 1), ("q", survey, 100_000)):
+        books.create_budget(name, planned(2.0, 1e-6, slots=[(survey, 5)]), unit="article")
+        books.correct(name, event, uses=uses, **ASK)
+    for checked in books.verify().budgets[1:]:
+        (problem,) = checked.problems
+        assert "the guarantee does not hold" in problem
+
+
+def test_a_lost_lease_is_carried_over_in_full(books, location):
+    child = os.fork()
+    if not child:
+        with Accountant.open(location) as accountant:
+            accountant.lease("d", TENTH, block=2, **ASK).mark()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    books.create_budget("d2", LIMITS, unit="article", dataset="sha256:1", supersedes="d")
+    assert spent(books, budget="d2") == 9
+    assert books.verify().clean
+
+
+def test_publishers_with_keys_of_their_own(books, tmp_path):
+    places = tmp_path / "alice", tmp_path / "bob"
+    for _ in range(2):
+        for signer, place in zip((ALICE, BOB), places, strict=True):
+            books.checkpoint(signer, to=[place])
+    for signer, place in zip((ALICE, BOB), places, strict=True):
+        found = books.verify([read_notes(place)], key=signer.verifier_key)
+        assert (found.clean, found.rollback[:22]) == (True, "checked against 4 anch")
+
+
+def test_a_key_that_was_replaced_signs_no_more(books, tmp_path):
+    places = tmp_path / "one", tmp_path / "other"
+    books.checkpoint(ALICE, to=places)
+    line = f"key {BOB.verifier_key.to_text()}"
+    books.checkpoint(ALICE, BOB, to=places, lines=[line])
+    with pytest.raises(AnchorInvalid, match="replaced by bob"):
+        books.checkpoint(ALICE, to=places)
+    books.checkpoint(BOB, to=places)
+    for signer in (ALICE, BOB):
+        assert books.verify(map(read_notes, places), key=signer.verifier_key).clean
+
+
+def test_a_series_is_not_one_note(books):
+    note = books.checkpoint(ALICE)
+    with pytest.raises(InvalidRequest, match="anchors must be"):
+        books.verify([note], key=ALICE.verifier_key)
+
+
+def test_reading_while_the_same_process_charges(books):
+    done = threading.Event()
+
+    def spend():
+        while not done.is_set():
+            books.charge("d", PureDP(1e-9), **ASK)
+
+    threads = [threading.Thread(target=spend) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(60):
+            assert books.verify().clean
+            books.statement("d")
+            books.checkpoint(ALICE)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_budgets_are_sorted_whatever_the_database_sorts_by(new_database):
+    collation = "LOCALE 'C' LOCALE_PROVIDER icu ICU_LOCALE 'en-US'"
+    try:
+        location = new_database(f"TEMPLATE template0 {collation}")
+    except psycopg.errors.FeatureNotSupported:
+        pytest.skip("this server has no other collation")
+    with Accountant.open(location) as accountant:
+        for budget in ("abc", "News"):
+            accountant.create_budget(budget, LIMITS, unit="article")
+        assert accountant.budgets() == ["News", "abc"]
+        accountant.checkpoint(ALICE)
+
+
+def test_an_answer_to_all_that_was_charged(books):
+    books.create_quota("q", LIMITS, of="d")
+    books.charge(["d", "q"], TENTH, key="k", **ASK)
+    books.keep_answer(["d", "q"], "k", b"seven")
+    assert books.charge(["d", "q"], TENTH, key="k", **ASK).answer == b"seven"
+
+
+@pytest.mark.parametrize("budget", [None, 7, "\ud800", ""])
+def test_an_answer_to_what_is_no_budget(books, budget):
+    with pytest.raises((InvalidRequest, TypeError)):
+        books.keep_answer(budget, "k", b"")
+    assert books.charge("d", TENTH, **ASK).seq == 2
+
+
+def test_a_defect_of_one_request_is_not_the_others(books, location, monkeypatch):
+    def broken(self, event):
+        if isinstance(event, Laplace):
+            raise ZeroDivisionError(event)
+        return price(self, event)
+
+    filters = type(LIMITS)
+    price = filters.price
+    monkeypatch.setattr(filters, "price", broken)
+    outcomes = in_one_batch(
+        location,
+        lambda: books.charge("d", TENTH, **ASK),
+        lambda: books.charge("d", TENTH, **ASK),
+        lambda: books.charge("d", Laplace(50.0), **ASK),
+        lambda: books.charge("d", TENTH, **ASK),
+    )
+    assert isinstance(outcomes[2], ZeroDivisionError)
+    assert sorted(outcomes[at].seq for at in (0, 1, 3)) == [2, 3, 4]
+
+
+def test_whoever_holds_the_turn_for_ever(books, location):
+    folder = os.open(location.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert books.charge("d", TENTH, **ASK).seq == 2
+        assert time.monotonic() - began < 10
+    finally:
+        os.close(folder)
+
+
+def test_a_fork_while_a_lease_refills(books):
+    lease = books.lease("d", PureDP(1e-9), block=1, **ASK)
+    done = threading.Event()
+
+    def mark():
+        while not done.is_set():
+            lease.mark()
+
+    thread = threading.Thread(target=mark)
+    thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if not child:
+                for use in (lease.mark, lease.close):
+                    try:
+                        use()
+                    except ReservationError:
+                        continue
+                    os._exit(1)
+                os._exit(0)
+            deadline = time.monotonic() + 10
+            while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                time.sleep(0.005)
+            assert os.waitstatus_to_exitcode(ended[1]) == 0
+    finally:
+        done.set()
+        thread.join()
+    lease.close()
+
+
+_SAME_NUMBER = """
+import ctypes, os, sys
+from accountant import Accountant, AccountantError
+from dp import PureDP
+accountant = Accountant.open(sys.argv[1])
+lease = accountant.lease("d", PureDP(1e-6), unit="article", activity="survey")
+for _ in range(300):
+    lease.mark()
+assert os.getpid() == 1 and lease._left
+if ctypes.CDLL(None).unshare(0x20000000):
+    sys.exit(2)
+child = os.fork()
+if not child:
+    assert os.getpid() == 1
+    for use in (lease.mark, lambda: accountant.charge("d", PureDP(1e-6), unit="article", activity="x")):
+        try:
+            use()
+        except AccountantError:
+            continue
+        os._exit(1)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root")
+def test_a_child_with_the_number_of_its_parent(books, location):
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", sys.executable, "-c", _SAME_NUMBER, location],
+        check=False,
+        capture_output=True,
+        timeout=60,
+    )
+    if done.returncode == 2 or b"unshare failed" in done.stderr:
+        pytest.skip("no process namespaces here")
+    assert done.returncode == 0, done.stderr
+
+
+_INTERRUPTED = """
+import random, signal, sys, time
+from accountant import Accountant
+from dp import PureDP
+
+class Interrupt(BaseException):
+    pass
+
+def interrupt(*_):
+    raise Interrupt
+
+accountant = Accountant.open(sys.argv[1])
+signal.signal(signal.SIGALRM, interrupt)
+released, interrupts, end = 0, 0, time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.random() * 0.003)
+        while True:
+            accountant.charge("d", PureDP(1e-9), unit="article", activity="survey")
+            released += 1
+    except Interrupt:
+        interrupts += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+accountant.close()
+print(released, interrupts)
+"""
+
+
+def test_interrupts_at_any_time(books, location):
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, location, "4"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    released, interrupts = map(int, done.stdout.split())
+    print(f"{interrupts} interrupts: {released} released, {books.statement('d').lines[-1]}")
+    assert interrupts > 100
+    assert books.statement("d").spent[0][1] >= released
+    assert books.verify().clean
+
+
+def test_doctor_sees_what_is_missing(books, location):
+    books.checkpoint(ALICE)
+    books.close()
+    with closing(sqlite3.connect(location)) as connection:
+        connection.execute("DROP TRIGGER epsledger_checkpoint_update")
+        connection.execute("UPDATE epsledger_checkpoint SET note = 'x\n\n— n a\n'")
+        connection.commit()
+    found = {finding.what: finding for finding in examine(location)}
+    assert not found["triggers"].ok
+    assert "epsledger_checkpoint_update" in found["triggers"].detail
+    assert "unreadable" in found["anchor"].detail
+
+
+def test_doctor_waits_for_every_lock(new_database):
+    location = new_database()
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("d", LIMITS, unit="article")
+        assert not accountant._store.missing_triggers()
+        with accountant._store.engine.connect() as other:
+            other.execute(text("SELECT * FROM epsledger_budget FOR UPDATE"))
+            release = threading.Timer(1.5, other.rollback)
+            release.start()
+            lock = {finding.what: finding for finding in examine(location)}["lock"]
+            release.join()
+        assert not lock.ok
+
+
+@pytest.mark.parametrize("form", ["{}", "sqlite:///{}"])
+def test_nothing_is_made_where_a_ledger_was_expected(tmp_path, form):
+    location = form.format(tmp_path / "mistyped.db")
+    with pytest.raises(LedgerUnavailable, match="no ledger at"):
+        Accountant.open(location, create=False)
+    assert not examine(location)[0].ok
+    (tmp_path / "mistyped.db").touch()
+    with pytest.raises(LedgerUnavailable, match="no ledger at"):
+        Accountant.open(location, create=False)
+
+
+def test_nothing_is_made_in_another_database(new_database):
+    location = new_database()
+    with pytest.raises(LedgerUnavailable, match="no ledger at"):
+        Accountant.open(location, create=False)
+    Accountant.open(location).close()
+    Accountant.open(location, create=False).close()
+
+
+def test_a_stored_answer_outlives_its_budget(books):
+    books.charge("d", TENTH, key="k", **ASK)
+    books.keep_answer("d", "k", b"seven")
+    books.close_budget("d")
+    assert books.charge("d", TENTH, key="k", **ASK).answer == b"seven"
+    with pytest.raises(BudgetClosed):
+        books.charge("d", TENTH, key="other", **ASK)
