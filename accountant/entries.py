@@ -53,6 +53,8 @@ class Kind(enum.IntEnum):
 _KINDS = {int(kind): kind for kind in Kind}
 SPENDS = frozenset((Kind.CHARGE, Kind.IMPORT, Kind.CORRECT))
 """Kinds that spend at once."""
+CARRIES = frozenset((Kind.IMPORT, Kind.CORRECT))
+"""Those of them that a budget has from the one that it supersedes."""
 HOLDS = frozenset((Kind.RESERVE, Kind.LEASE))
 """Kinds that put uses aside."""
 

@@ -2,14 +2,15 @@
 
 Everything is replayed from the stored entries alone: every digest of every chain, every price
 from its event, every lane, every limit at every prefix, every reservation, every operation that
-was charged to several budgets. The lanes are then added up a second time, by the database, from
-other rows. What neither can see: that the ledger as a whole is an older copy of itself. That
-needs a mark or an anchor outside it.
+was charged to several budgets, every spend that a superseding budget carries. The lanes are then
+added up a second time, by the database, from other rows. What neither can see: that the ledger as
+a whole is an older copy of itself. That needs a mark or an anchor outside it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add, sub
@@ -17,7 +18,17 @@ from operator import add, sub
 from accountant.anchors import Checkpoint, compare
 from accountant.books import Hold
 from accountant.budgets import Budget
-from accountant.entries import GENESIS, HOLDS, NO_EVENT, SPENDS, Entry, Kind, chain, unpack
+from accountant.entries import (
+    CARRIES,
+    GENESIS,
+    HOLDS,
+    NO_EVENT,
+    SPENDS,
+    Entry,
+    Kind,
+    chain,
+    unpack,
+)
 from accountant.errors import LedgerCorrupt
 from accountant.stores.rows import BudgetRow, unpack_lanes
 from accountant.stores.snapshot import Snapshot
@@ -79,14 +90,21 @@ class _Replayed:
     prices: dict[bytes, Price] = field(default_factory=dict)
     spends: dict[int, bytes] = field(default_factory=dict)
     reserved: dict[int, Hold] = field(default_factory=dict)
+    spent: Counter[bytes] = field(default_factory=Counter)
+    carried: Counter[bytes] = field(default_factory=Counter)
 
 
-class _Links:
-    """Operations charged to several budgets: each chain must have its part, or none."""
+class _Across:
+    """What several chains must agree on.
+
+    Of an operation charged to several budgets each chain must have its part, or none. A budget
+    that supersedes another must have all that was spent there, with its later corrections.
+    """
 
     def __init__(self) -> None:
         self._expected: dict[bytes, tuple[str, int, Kind, int]] = {}
         self._found: dict[bytes, list[tuple[str, int, Kind]]] = {}
+        self._replayed: dict[str, tuple[Budget, _Replayed]] = {}
 
     def add(self, budget: str, entry: Entry, digest: bytes) -> None:
         """Note an entry that is linked."""
@@ -95,8 +113,16 @@ class _Links:
         else:
             self._expected[digest] = (budget, entry.seq, entry.kind, entry.chains)
 
+    def end(self, budget: Budget, replayed: _Replayed) -> None:
+        """Note what a whole chain came to."""
+        self._replayed[budget.name] = budget, replayed
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (budget, problem) for every part that is missing or added."""
+        for new, replayed in self._replayed.values():
+            old = self._replayed.get(new.supersedes or "")
+            if old is not None and not old[1].spent <= replayed.carried:
+                yield new.name, f"entry 1: not all that {new.supersedes!r} spent is carried over"
         for link, others in self._found.items():
             if link not in self._expected:
                 for budget, seq, _ in others:
@@ -112,10 +138,10 @@ class _Links:
 
 def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verification:
     """Replay the whole ledger, and compare it with checkpoints that were kept elsewhere."""
-    links = _Links()
-    checked = [_verify_budget(snapshot, name, links) for name in snapshot.budgets()]
+    across = _Across()
+    checked = [_verify_budget(snapshot, name, across) for name in snapshot.budgets()]
     amiss: dict[str, list[str]] = {}
-    for budget, problem in links.problems():
+    for budget, problem in across.problems():
         amiss.setdefault(budget, []).append(problem)
     checked = [
         replace(each, problems=(*each.problems, *amiss.get(each.budget, ()))) for each in checked
@@ -140,15 +166,16 @@ def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verifi
     return Verification(tuple(checked), tuple(snapshot.strays()), tuple(anchors), rollback)
 
 
-def _verify_budget(snapshot: Snapshot, name: str, links: _Links) -> Checked:
+def _verify_budget(snapshot: Snapshot, name: str, across: _Across) -> Checked:
     replayed = _Replayed(())
     problems: list[str] = []
     try:
         row = snapshot.row(name)
         budget = Budget.from_json(row.record)
         replayed.totals = (0,) * len(budget.filter.limits)
-        for problem in _problems(snapshot, budget, row, replayed, links):
+        for problem in _problems(snapshot, budget, row, replayed, across):
             problems.append(problem)  # noqa: PERF402 - those before an error count
+        across.end(budget, replayed)
         problems.extend(_mismatches(snapshot, budget, row, replayed))
     except (LedgerCorrupt, DPError, ValueError, TypeError, LookupError, AttributeError) as error:
         said = str(error) if isinstance(error, LedgerCorrupt | DPError) else repr(error)
@@ -157,7 +184,7 @@ def _verify_budget(snapshot: Snapshot, name: str, links: _Links) -> Checked:
 
 
 def _problems(
-    snapshot: Snapshot, budget: Budget, row: BudgetRow, replayed: _Replayed, links: _Links
+    snapshot: Snapshot, budget: Budget, row: BudgetRow, replayed: _Replayed, across: _Across
 ) -> Iterator[str]:
     limits, name, prices = budget.filter, budget.name, replayed.prices
     reserved = replayed.reserved
@@ -191,7 +218,7 @@ def _problems(
             yield f"entry {seq}: a chain has one OPEN entry, its first"
         replayed.seq, replayed.head, replayed.time = seq, head, entry.time
         if entry.chains or entry.link != NO_EVENT:
-            links.add(name, entry, head)
+            across.add(name, entry, head)
         if kind in SPENDS or kind in HOLDS:
             if entry.event not in prices:
                 yield f"entry {seq}: its event {entry.event.hex()} is not stored"
@@ -200,6 +227,9 @@ def _problems(
                 yield f"entry {seq}: the budget was closed before"
             charged = limits.charge(replayed.totals, prices[entry.event], entry.uses)
             replayed.totals = tuple(map(add, replayed.totals, charged))
+            replayed.spent[entry.event] += entry.uses
+            if kind in CARRIES:
+                replayed.carried[entry.event] += entry.uses
             if kind in HOLDS:
                 lease = kind is Kind.LEASE
                 reserved[seq] = Hold(seq, entry.event, entry.uses, "", charged, lease=lease)
@@ -239,6 +269,7 @@ def _problems(
                     yield f"entry {seq}: adopts a lease"
                 continue
             hold.open = False
+            replayed.spent[hold.event] -= hold.uses - hold.marked
             kept = limits.part(hold.charged, prices[hold.event], hold.marked)
             change = map(sub, kept, hold.charged)
             replayed.totals = tuple(map(add, replayed.totals, change))

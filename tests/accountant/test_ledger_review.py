@@ -30,6 +30,7 @@ from accountant import (
 from accountant.anchors import read_notes
 from accountant.doctor import examine
 from accountant.notes import Signer
+from accountant.stores.transaction import Transaction
 from dp import Gaussian, Laplace, PureDP, adaptive, planned, pure
 from tests.accountant.test_writer import in_one_batch
 
@@ -193,6 +194,28 @@ def test_a_correction_reaches_what_supersedes(books):
     books.correct(("d", "d2"), TENTH, uses=5, **ASK)
     assert spent(books, budget="d2") == 5
     assert books.verify().clean
+
+
+def test_a_spend_that_is_not_carried_over_is_found(books, monkeypatch):
+    books.charge("d", TENTH, uses=5, **ASK)
+    books.charge("d", PureDP(0.01), **ASK)
+    carried = Transaction.spent
+    for name, part in (("whole", slice(None)), ("part", slice(1)), ("none", slice(0))):
+        monkeypatch.setattr(
+            Transaction, "spent", lambda self, book, part=part: carried(self, book)[part]
+        )
+        books.create_budget(
+            name,
+            pure(2.0),
+            unit="article",
+            dataset="sha256:1",
+            supersedes={"whole": "d", "part": "whole", "none": "part"}[name],
+        )
+    problems = {checked.budget: checked.problems for checked in books.verify().budgets}
+    assert not problems["d"]
+    assert not problems["whole"]
+    assert problems["part"] == ("entry 1: not all that 'whole' spent is carried over",)
+    assert problems["none"] == ("entry 1: not all that 'part' spent is carried over",)
 
 
 def test_a_correction_beyond_a_plan_is_one_contradiction(books):
