@@ -22,6 +22,7 @@ from accountant.errors import (
     UnitMismatch,
     UnknownBudget,
 )
+from accountant.reader import Reader
 from accountant.requests import Receipt
 from accountant.reservations import Lease, Reservation
 from accountant.statements import Statement
@@ -44,6 +45,7 @@ __all__ = [
     "LedgerError",
     "LedgerUnavailable",
     "OutcomeUnknown",
+    "Reader",
     "Receipt",
     "ReleaseUnknown",
     "Reservation",
