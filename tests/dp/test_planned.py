@@ -199,6 +199,27 @@ def test_what_was_not_used_comes_back(
         assert SLOTS.admits(totals)
 
 
+@examples(300)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(MIXED), st.integers(1, 60) | st.just(10**9)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_sums_in_any_order_are_the_totals(spends: list[tuple[Event, int]]) -> None:
+    """Also above the limit, where a correction can bring them; but not one unit less below it."""
+    totals = (0, 0, 0, 0)
+    for event, uses in spends:
+        totals = SLOTS.after(totals, SLOTS.price(event), uses)
+    spent = sorted((SLOTS.price(event), uses, 1) for event, uses in spends)
+    assert SLOTS.sums(spent, totals) == totals
+    if totals[-1] <= SLOTS.limits[-1]:
+        for lane in range(4):
+            less = tuple(total - (at == lane) for at, total in enumerate(totals))
+            assert SLOTS.sums(spent, less) != less
+
+
 # --- refusals and records -----------------------------------------------------------------------
 
 
