@@ -11,13 +11,16 @@
 
 SQLite in WAL mode with ``synchronous=FULL`` on the file system of the current folder, PostgreSQL
 on this machine with its defaults. The kinds alternate in each repetition, and medians over the
-repetitions are printed, so that a busy neighbor slows all of them. Charges run for a fixed time;
-a latency is that of one charge. Percentiles are over charges: where a few threads get all the
-turns, look at the worst. ``busy`` is the same beside two processes that compute, as a server does.
+repetitions are printed, so that a busy neighbor slows all of them. Charges run for a fixed time,
+so that without a fair turn one thread may make nearly all of them; or, in the rows with ``x 50``,
+until every thread has made that many, as where each serves a request. A latency is that of one
+charge, percentiles are over charges. ``busy`` is beside two processes that compute, as a server
+does.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -27,6 +30,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -51,11 +55,12 @@ def connected(location: Path) -> sqlite3.Connection:
     return connection
 
 
-def during(seconds: float, charge: Callable[[], object]) -> list[float]:
-    """Return the latency of every charge that started in this time."""
-    latencies, now = [], perf_counter()
+def during(seconds: float, charge: Callable[[], object], most: float = math.inf) -> list[float]:
+    """Return the latency of every charge that started in this time, or of the first so many."""
+    latencies: list[float] = []
+    now = perf_counter()
     end = now + seconds
-    while now < end:
+    while now < end and len(latencies) < most:
         charge()
         after = perf_counter()
         latencies.append(after - now)
@@ -85,14 +90,15 @@ def in_threads(count: int, make: Callable[[], Callable[[], list[float]]]) -> tup
     return rate, 1e3 * cuts[49], 1e3 * cuts[98], 1e3 * max(latencies)
 
 
-def ours(place: str, threads: int) -> tuple[float, ...]:
+def ours(place: str, threads: int, each: float = math.inf) -> tuple[float, ...]:
     with Accountant.open(place) as accountant:
         if "news" not in accountant.budgets():
             accountant.create_budget("news", adaptive(8.0, 1e-6), unit="article")
         accountant.charge("news", EVENT, **ASK)
 
         def loop() -> list[float]:
-            return during(SECONDS, lambda: accountant.charge("news", EVENT, **ASK))
+            charge = partial(accountant.charge, "news", EVENT, **ASK)
+            return during(SECONDS if each == math.inf else math.inf, charge, each)
 
         return in_threads(threads, lambda: loop)
 
@@ -131,12 +137,12 @@ def bare_charge(folder: Path) -> Callable[[], None]:
     return charge
 
 
-def bare(folder: Path, threads: int) -> tuple[float, ...]:
+def bare(folder: Path, threads: int, each: float = math.inf) -> tuple[float, ...]:
     bare_charge(folder)
 
     def make() -> Callable[[], list[float]]:
         charge = bare_charge(folder)
-        return lambda: during(SECONDS, charge)
+        return lambda: during(SECONDS if each == math.inf else math.inf, charge, each)
 
     return in_threads(threads, make)
 
@@ -206,15 +212,23 @@ KINDS: dict[str, Callable[[Path, str], tuple[float, ...]]] = {
     "ours, 1 thread": lambda folder, _: ours(str(folder / "ours.db"), 1),
     "ours, 16 threads": lambda folder, _: ours(str(folder / "many.db"), 16),
     "commit each, 16 threads": lambda folder, _: bare(folder, 16),
+    "ours, 16 threads x 50": lambda folder, _: ours(str(folder / "each.db"), 16, 50),
+    "commit each, 16 threads x 50": lambda folder, _: bare(folder, 16, 50),
     "lease, 1 thread": lambda folder, _: lease(str(folder / "lease.db")),
     "PostgreSQL: ours, 1 thread": lambda _, url: ours(url, 1),
     "PostgreSQL: ours, 16 threads": lambda _, url: ours(url, 16),
     "PostgreSQL: row lock each, 16 threads": lambda _, url: row_lock_each(url),
 }
-BUSY = ("ours, 16 threads", "commit each, 16 threads")
+BUSY = (
+    "ours, 16 threads",
+    "commit each, 16 threads",
+    "ours, 16 threads x 50",
+    "commit each, 16 threads x 50",
+)
 RATIOS = (
     ("ours, 1 thread", "floor and hop, 1 thread"),
     ("ours, 16 threads", "commit each, 16 threads"),
+    ("ours, 16 threads x 50", "commit each, 16 threads x 50"),
     ("PostgreSQL: ours, 16 threads", "PostgreSQL: row lock each, 16 threads"),
 )
 
