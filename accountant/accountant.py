@@ -10,11 +10,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
-from accountant.anchors import Checkpoint, Head, publish, sign, successor
+from accountant.anchors import (
+    Checkpoint,
+    Head,
+    is_command,
+    publish,
+    read_notes,
+    sign,
+    successor,
+)
 from accountant.budgets import Budget
-from accountant.errors import AccountantError, AnchorInvalid, ReleaseUnknown
+from accountant.errors import AccountantError, AnchorInvalid, InvalidRequest, ReleaseUnknown
 from accountant.ledger import Outcome
 from accountant.notes import Signer
 from accountant.reader import Reader
@@ -328,7 +335,11 @@ class Accountant(Reader):
             InvalidRequest: If ``holds`` is no such value.
         """
         holder = secrets.token_hex(16)
-        ask = Adopt(cast("Holds", tuple(map(tuple, holds))), holder, event)
+        try:
+            named = tuple((name, seq) for name, seq in holds)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"holds are (budget, seq) pairs, got {holds!r}") from error
+        ask = Adopt(named, holder, event)
         receipt, (name, seq) = self._writer.submit(ask), ask.holds[0]
         with self._store.snapshot() as snapshot:
             (row,) = (row for row in snapshot.reservations(name) if row.seq == seq)
@@ -380,14 +391,20 @@ class Accountant(Reader):
             The signed note. It is in the ledger, too.
 
         Raises:
-            AnchorUnavailable: If it could not be published everywhere.
-            AnchorInvalid: If there is no signer, or one whose key was replaced.
+            AnchorUnavailable: If it could not be published everywhere; do it again.
+            AnchorInvalid: If there is no signer, or one whose key was replaced, or a file holds
+                anything else than whole notes.
         """
         with self._store.snapshot() as snapshot:
             rows = [snapshot.row(name) for name in snapshot.budgets()]
             before = [row.note for row in snapshot.checkpoints()]
+        places = list(to)
+        for place in places:
+            if not is_command(place) and Path(place).exists():
+                before += read_notes(place)
         for signer in signers:
-            if (new := successor(before, signer.verifier_key)) is not None:
+            new = successor(before, signer.verifier_key)
+            if new is not None and f"key {new.to_text()}" not in lines:
                 raise AnchorInvalid(
                     f"key {signer.verifier_key.name}", f"it was replaced by {new.to_text()}"
                 )
@@ -395,8 +412,8 @@ class Accountant(Reader):
         when = f"time {datetime.now(UTC).isoformat(timespec='seconds')}"
         note = sign(Checkpoint(self._store.ledger, heads, (when, *lines)), signers)
         self._writer.submit(Anchor(note))
-        for target in to:
-            publish(note, target)
+        for place in places:
+            publish(note, place)
         return note
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ from accountant.notes import (
     fsync_folder,
     open_text,
     sign_text,
+    signatures,
     to_base64,
     unverified,
 )
@@ -115,7 +116,7 @@ class Checkpoint:
         if names != sorted(set(names)):
             raise AnchorInvalid("checkpoint", "its budgets are not in the order of their names")
         for line in self.lines:
-            if not line or not line.isprintable() or line.startswith(("head ", ORIGIN)):
+            if not line or not line.isprintable() or line.startswith(("head ", "— ", ORIGIN)):
                 raise AnchorInvalid("checkpoint", f"{line!r} cannot be one of its further lines")
 
     def to_text(self) -> str:
@@ -200,7 +201,8 @@ def history(
         try:
             checkpoint, current = _followed(note, current, vouched)
         except AnchorInvalid as error:
-            if shared and not _claims(note, current):
+            others = not _claims(note, current) and f"lost {current.hash}" not in note.split("\n")
+            if shared and others:
                 continue
             raise AnchorInvalid(f"note {number} of the series", str(error)) from error
         if checkpoints and checkpoint.ledger != checkpoints[0].ledger:
@@ -218,11 +220,12 @@ def since(notes: Sequence[str], key: VerifierKey) -> tuple[str, ...]:
 
 
 def successor(notes: Iterable[str], key: VerifierKey) -> VerifierKey | None:
-    """Return the key that a note handed over to from this one, or None."""
+    """Return the key that this one handed over to by its signature, or None."""
     for note in notes:
-        new, lost = _handover(Checkpoint.from_text(unverified(note)[0]))
-        if new not in (None, key) and (_claims(note, key) or lost == key.hash):
-            return new
+        if _claims(note, key):
+            new, _ = _handover(opened(note, {key})[0])
+            if new not in (None, key):
+                return new
     return None
 
 
@@ -254,6 +257,11 @@ def compare(
     return tuple(problems)
 
 
+def is_command(target: str | Path) -> bool:
+    """Say whether a target is a command and not a file."""
+    return isinstance(target, str) and target.startswith(COMMAND)
+
+
 def publish(note: str, target: str | Path) -> None:
     """Append a signed checkpoint to a file, or hand it to a command.
 
@@ -270,8 +278,8 @@ def publish(note: str, target: str | Path) -> None:
     unverified(note)
     if not _NOTE.fullmatch(note):
         raise AnchorInvalid("signed note", "this is no signed checkpoint")
-    if isinstance(target, str) and target.startswith(COMMAND):
-        _run(target, note.encode())
+    if is_command(target):
+        _run(str(target), note.encode())
         return
     path, content = Path(target), note.encode()
     if path.exists():
@@ -315,8 +323,10 @@ def read_notes(path: str | Path) -> tuple[str, ...]:
 
 def _claims(note: str, key: VerifierKey) -> bool:
     """Say whether a note says that it is signed by a key; whether it is, must be verified."""
-    lines = [line for line in note.split("\n") if line.startswith(f"— {key.name} ")]
-    return any(base64.b64decode(line.split()[-1])[:4].hex() == key.hash for line in lines)
+    try:
+        return (key.name, key.hash) in {(name, hash_) for name, hash_, _ in signatures(note)}
+    except AnchorInvalid:
+        return False
 
 
 def _followed(

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from accountant.anchors import Checkpoint
-from accountant.errors import AccountantError, AnchorInvalid
-from accountant.marks import state_folder
+from accountant.errors import AccountantError
 from accountant.notes import unverified
 from accountant.requests import WHOLE_LEDGER
 from accountant.stores import open_store
@@ -85,25 +84,31 @@ def _findings(store: SqlStore) -> Iterator[Finding]:
     try:
         with store.snapshot() as snapshot:
             names = snapshot.budgets()
-        with store.transaction(frozenset({WHOLE_LEDGER, *names})):
-            pass
+        store.try_locks(frozenset({WHOLE_LEDGER, *filter(_is_text, names)}))
     except AccountantError as error:
         yield Finding("lock", ok=False, detail=f"not had: {error}")
     else:
         seconds = time.monotonic() - started
         yield Finding("lock", ok=seconds < 1, detail=f"had and released in {seconds:.3f} s")
-    folder = state_folder()
     yield Finding(
         "marks",
         ok=store.marks is not None,
-        detail=f"what this machine saw last is kept in {folder}"
+        detail=f"what this machine saw last is kept in {store.marks.path}"
         if store.marks is not None
         else "this machine keeps no high-water marks: an older copy would not be noticed here;"
         " set EPSLEDGER_STATE to a folder that lasts",
     )
-    with store.snapshot() as snapshot:
-        yield _clock(snapshot)
-        yield _anchor(snapshot)
+    for look in (_clock, _anchor):
+        try:
+            with store.snapshot() as snapshot:
+                yield look(snapshot)
+        except (AccountantError, TypeError, ValueError) as error:
+            name = look.__name__.removeprefix("_")
+            yield Finding(name, ok=False, detail=f"the ledger cannot be read: {error}")
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str)
 
 
 def _of_files(path: Path) -> Iterator[Finding]:
@@ -147,10 +152,7 @@ def _anchor(snapshot: Snapshot) -> Finding:
             detail="no checkpoint was ever signed: whoever owns the ledger can put an older copy"
             " in its place; run epsledger anchor publish, often",
         )
-    try:
-        checkpoint = Checkpoint.from_text(unverified(notes[-1].note)[0])
-    except AnchorInvalid as error:
-        return Finding("anchor", ok=False, detail=f"the last checkpoint is unreadable: {error}")
+    checkpoint = Checkpoint.from_text(unverified(notes[-1].note)[0])
     at = {head.budget: head.seq for head in checkpoint.heads}
     since = sum(snapshot.row(name).seq - at.get(name, 0) for name in snapshot.budgets())
     when = next((line[5:] for line in checkpoint.lines if line.startswith("time ")), "")

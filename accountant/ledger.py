@@ -175,6 +175,8 @@ def _open(tx: Transaction, ask: Open, now: int) -> Receipt:
     if tx.find_book(name) is not None:
         raise BudgetExists(name)
     if budget.quota_of is not None:
+        if tx.book(budget.quota_of).closed:
+            raise BudgetClosed(budget.quota_of)
         _check_same_promise(budget, tx.book(budget.quota_of).budget)
     old, imported = None, ask.imported
     others = [other for other in tx.budgets() if other.quota_of is None]
@@ -233,7 +235,10 @@ def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
     others = tuple(name.encode() for name in ask.budgets[1:])
     parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload, *others)
     payload = digest(b"".join(map(digest, parts)))
-    if (keyed := tx.keyed(first, ask.key)) is not None:
+    for name in ask.budgets:
+        keyed = tx.keyed(name, ask.key)
+        if keyed is None:
+            continue
         if keyed.payload != payload:
             raise KeyReused(ask.key)
         if keyed.answer is None:

@@ -232,6 +232,15 @@ def unverified(note: str) -> tuple[str, list[str]]:
     return text + "\n", signatures[:-1].split("\n")
 
 
+def signatures(note: str) -> list[tuple[str, str, bytes]]:
+    """Return key name, key hash and signature of each signature line; nothing has been verified.
+
+    Raises:
+        AnchorInvalid: If it is no note, or a line is no signature.
+    """
+    return [_signature(line) for line in unverified(note)[1]]
+
+
 def to_base64(content: bytes) -> str:
     """Return the standard base64 of some bytes, as text."""
     return base64.b64encode(content).decode()

@@ -155,16 +155,17 @@ class Reader:
                 "anchors prove nothing without the verifier key they are signed by"
             )
         with self._store.snapshot() as snapshot:
-            checkpoints: list[Checkpoint] = []
+            anchored: list[Checkpoint] = []
+            own: tuple[Checkpoint, ...] = ()
             if key is not None:
                 for notes in places:
                     valid = since(notes, key)
                     if not valid:
                         raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")
-                    checkpoints += history(valid, key, vouched=vouched)[0]
+                    anchored += history(valid, key, vouched=vouched)[0]
                 stored = since([row.note for row in snapshot.checkpoints()], key)
-                checkpoints += history(stored, key, vouched=vouched, shared=True)[0]
-            return verify(snapshot, checkpoints)
+                own, _ = history(stored, key, vouched=vouched, shared=True)
+            return verify(snapshot, anchored, own)
 
     def close(self) -> None:
         """Close the ledger."""

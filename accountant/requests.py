@@ -166,9 +166,8 @@ class _OfHolder:
 
     def __post_init__(self) -> None:
         for hold in self.holds:
-            if len(hold) != len(("budget", "seq")):
-                raise InvalidRequest(f"a hold is (budget, seq), got {hold!r}")
             label(budget=hold[0])
+            of_type(int, seq=hold[1])
             validate.count(seq=hold[1])
         if not self.holds or len(self.names) < len(self.holds):
             raise InvalidRequest(f"holds must name each budget once, got {self.holds!r}")

@@ -136,8 +136,16 @@ class _Across:
                 yield budget, f"entry {seq}: another kind of entry is linked to it"
 
 
-def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verification:
-    """Replay the whole ledger, and compare it with checkpoints that were kept elsewhere."""
+def verify(
+    snapshot: Snapshot, anchored: Sequence[Checkpoint] = (), own: Sequence[Checkpoint] = ()
+) -> Verification:
+    """Replay the whole ledger, and compare it with checkpoints.
+
+    Args:
+        snapshot: Of the ledger.
+        anchored: Checkpoints that were kept elsewhere.
+        own: Those that the ledger kept. They went back with it, if it went back.
+    """
     across = _Across()
     checked = [_verify_budget(snapshot, name, across) for name in snapshot.budgets()]
     amiss: dict[str, list[str]] = {}
@@ -149,7 +157,7 @@ def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verifi
     known = sum(each.budget in snapshot.seen for each in checked)
     anchors = [
         problem
-        for checkpoint in checkpoints
+        for checkpoint in (*anchored, *own)
         for problem in (
             compare(checkpoint, snapshot.read_digest)
             if checkpoint.ledger == snapshot.ledger
@@ -159,7 +167,7 @@ def verify(snapshot: Snapshot, checkpoints: Sequence[Checkpoint] = ()) -> Verifi
     numbers = [number for number, _ in snapshot.checkpoints()]
     if numbers != list(range(1, len(numbers) + 1)):
         anchors.append(f"the ledger's own checkpoints are numbered {numbers}")
-    against = [f"{len(checkpoints)} anchors"] if checkpoints else []
+    against = [f"{len(anchored)} anchor{'s' * (len(anchored) > 1)}"] if anchored else []
     if known:
         against.append(f"what this machine saw last of {known} of {len(checked)} budgets")
     rollback = f"checked against {' and '.join(against)}" if against else "not checked"

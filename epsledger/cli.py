@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from accountant import Accountant, fingerprint
+from accountant import Accountant, LedgerCorrupt, fingerprint
 from dp import (
     Event,
     Gaussian,
@@ -30,6 +30,7 @@ from epsledger.keeping import anchor, doctor, ledger
 from epsledger.options import LEDGER as _LEDGER
 from epsledger.options import add_row as _add_row
 from epsledger.options import existing as _existing
+from epsledger.options import shown as _shown
 from reports import write_report
 
 
@@ -151,7 +152,7 @@ def create(
                 supersedes=supersedes,
                 imported=[(read_event(event), uses) for event, uses in imported],
             )
-    click.echo(f"{name}: {limits} per {unit} under {relation}, in {ledger}")
+    click.echo(f"{name}: {limits} per {unit} under {relation}, in {_shown(ledger)}")
 
 
 @budget.command("quota")
@@ -236,8 +237,13 @@ def list_budgets(ledger: str) -> None:
     """List all budgets and how much of each is used."""
     table = Table("budget", "unit", "epsilon", "delta", "used", "refused")
     with told(), _existing(ledger) as accountant:
+        broken = []
         for name in accountant.budgets():
-            statement = accountant.statement(name)
+            try:
+                statement = accountant.statement(name)
+            except LedgerCorrupt as error:
+                broken.append(str(error))
+                continue
             limits = statement.budget.filter
             _add_row(
                 table,
@@ -249,6 +255,8 @@ def list_budgets(ledger: str) -> None:
                 str(statement.refused),
             )
     Console().print(table)
+    if broken:
+        raise click.ClickException("\n".join(broken))
 
 
 @budget.command("show")

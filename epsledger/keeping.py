@@ -16,7 +16,7 @@ from accountant.notes import VerifierKey, new_key, read_key
 from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
 from epsledger.errors import CONTRADICTION, told
-from epsledger.options import LEDGER, add_row, existing
+from epsledger.options import LEDGER, add_row, existing, shown
 
 
 @click.group()
@@ -95,7 +95,7 @@ def backup(to: Path, ledger: str) -> None:
     """Copy the ledger to a new file while it is in use. Never copy the file itself."""
     with told(), existing(ledger) as accountant:
         accountant.backup(to)
-    click.echo(f"{ledger}: copied to {to}; docs/recovery.md says when it may be put back")
+    click.echo(f"{shown(ledger)}: copied to {to}; docs/recovery.md says when it may be put back")
 
 
 @ledger.command("migrate")
@@ -168,7 +168,7 @@ def anchor_publish(key_file: Path | None, to: tuple[str, ...], ledger: str) -> N
     """Sign the last entry of every budget and publish it."""
     with told(), existing(ledger) as accountant:
         accountant.checkpoint(read_key(_key_file(key_file)), to=to)
-    click.echo(f"{ledger}: anchored in {', '.join(to)}")
+    click.echo(f"{shown(ledger)}: anchored in {', '.join(to)}")
 
 
 @anchor.command("rotate")

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accountant import Accountant
+from accountant.stores import ledger_url
 
 LEDGER = click.option(
     "--ledger",
@@ -20,6 +21,11 @@ LEDGER = click.option(
 def existing(ledger: str) -> Accountant:
     """Open a ledger that is there: a mistyped path must not become an empty ledger."""
     return Accountant.open(ledger, create=False)
+
+
+def shown(ledger: str) -> str:
+    """Return what to call a ledger: without its password."""
+    return ledger_url(ledger).render_as_string() if "://" in ledger else ledger
 
 
 def add_row(table: Table, *cells: str) -> None:

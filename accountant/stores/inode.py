@@ -45,10 +45,10 @@ def inode(path: str) -> tuple[int, int] | None:
         if not _STATX(_AT_FDCWD, os.fsencode(path), 0, _STATX_INO, found):
             (number,) = _INO.unpack_from(found, 32)
             return os.makedev(*_DEVICE.unpack_from(found, 136)), number
-        if ctypes.get_errno() == errno.ENOENT:
+        if ctypes.get_errno() in (errno.ENOENT, errno.ENOTDIR):
             return None
     try:
         status = os.stat(path)  # noqa: PTH116 - a Path costs as much as the call
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino

@@ -37,6 +37,7 @@ except ModuleNotFoundError as missing:
 _LOG = logging.getLogger(__name__)
 _SETTINGS = {
     "synchronous_commit": "on",
+    "default_transaction_isolation": "read committed",  # what is read under a lock is the newest
     "lock_timeout": "30s",
     "statement_timeout": "10min",
     "idle_in_transaction_session_timeout": "1min",
@@ -77,12 +78,18 @@ class PostgresStore(SqlStore):
             return probe(connection)
 
     def missing_triggers(self) -> list[str]:
-        """Return the names of the triggers that the ledger has lost, or that are disabled."""
+        """Return the names of the triggers that were dropped, disabled, or do something else."""
+        function, *triggers = postgres_triggers()
+        query = (
+            "SELECT t.tgname, t.tgrelid::regclass::text FROM pg_trigger t"
+            " JOIN pg_proc p ON p.oid = t.tgfoid"
+            " WHERE t.tgenabled IN ('O', 'A') AND position(p.prosrc IN %s) > 0"
+            " AND t.tgrelid = ANY(ARRAY(SELECT to_regclass(unnest(%s::text[]))::oid))"
+        )
         with self.engine.connect() as connection:
-            query = "SELECT tgname FROM pg_trigger WHERE tgenabled IN ('O', 'A')"
-            found = set(connection.exec_driver_sql(query).scalars())
-        names = [text.split()[2] for text in postgres_triggers() if "CREATE TRIGGER" in text]
-        return [name for name in names if name not in found]
+            tables = [table.name for table in METADATA.sorted_tables]
+            found = {row[0] for row in connection.exec_driver_sql(query, (function, tables))}
+        return [name for name in (text.split()[2] for text in triggers) if name not in found]
 
     def _prepare(self, *, create: bool) -> str:
         with self.engine.begin() as connection:

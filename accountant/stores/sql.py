@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, OutcomeUnknown
 from accountant.forks import process
 from accountant.marks import HighWaterMarks
+from accountant.requests import WHOLE_LEDGER
 from accountant.stores.rows import BudgetRow, EventRow, KeyRow, ReservationRow, Spent
 from accountant.stores.snapshot import SqlSnapshot
 from accountant.stores.statements import SPEND_KINDS, Statements, bound
@@ -84,6 +85,21 @@ class SqlStore(ABC):
         heads = tx.remember()
         if self.marks is not None:
             self.marks.raise_to(heads)
+
+    def try_locks(self, names: frozenset[str]) -> None:
+        """Take what a transaction over these names locks, and let it go; nothing is remembered.
+
+        Raises:
+            LedgerUnavailable: If the lock was not had.
+        """
+        with self.translated():
+            if self._connection is None:
+                self._connection = self._connect()
+            try:
+                self._begin(names)
+                self.read_budgets(sorted(names - {WHOLE_LEDGER}))
+            finally:
+                self._roll_back()
 
     @contextmanager
     def snapshot(self) -> Iterator[SqlSnapshot]:

@@ -71,6 +71,8 @@ class SqliteStore(SqlStore):
     _driver_error = sqlite3.Error
 
     def __init__(self, url: URL, *, create: bool = True) -> None:
+        # Through a link that is pointed elsewhere later, new connections would be another ledger's.
+        url = url.set(database=os.path.realpath(str(url.database)))
         engine = create_engine(url, max_overflow=-1)
         event.listen(engine, "connect", configure)
         event.listen(engine, "begin", start)
@@ -136,7 +138,7 @@ class SqliteStore(SqlStore):
         return [trigger.split()[2] for trigger in sqlite_triggers() if trigger not in found]
 
     def _prepare(self, *, create: bool) -> str:
-        if not create and not Path(self.place).exists():
+        if not create and not (Path(self.place).exists() and Path(self.place).stat().st_size):
             raise self._no_ledger()
         kind = file_system(Path(self.place))
         if kind in _NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
@@ -197,6 +199,7 @@ class SqliteStore(SqlStore):
 
     def _discard(self) -> None:
         super()._discard()
+        self._log = None  # the last connection takes the log with it
         self._end_turn()
 
     def _take_turn(self) -> None:
@@ -247,7 +250,7 @@ class SqliteStore(SqlStore):
         try:
             found = os.stat(self._path)  # noqa: PTH116 - a Path costs as much as the call
             moved = (found.st_dev, found.st_ino) != self._file
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             moved = True
         if moved or (self._log is not None and inode(f"{self._path}-wal") != self._log):
             raise LedgerUnavailable(

@@ -138,7 +138,7 @@ class Transaction:
                 check_not_back(name, row, self._remembered.seen, self._tables.read_digest)
                 if row is not None:
                     self._books[name] = (self._book(row), row)
-            except (LedgerCorrupt, ValueError) as error:  # of this budget alone
+            except (LedgerCorrupt, ValueError, TypeError) as error:  # of this budget alone
                 self._broken[name] = error
 
     def _book(self, row: BudgetRow) -> Book:
