@@ -28,6 +28,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,8 +202,8 @@ def history(
         try:
             checkpoint, current = _followed(note, current, vouched)
         except AnchorInvalid as error:
-            others = not _claims(note, current) and f"lost {current.hash}" not in note.split("\n")
-            if shared and others:
+            lost = f"lost {current.hash}" in note.split("\n")
+            if shared and not lost and not _claims(note, current):
                 continue
             raise AnchorInvalid(f"note {number} of the series", str(error)) from error
         if checkpoints and checkpoint.ledger != checkpoints[0].ledger:
@@ -212,7 +213,11 @@ def history(
 
 
 def since(notes: Sequence[str], key: VerifierKey) -> tuple[str, ...]:
-    """Return the notes of a series from the first that says it is signed by a key."""
+    """Return the notes of a series from the first that says it is signed by a key.
+
+    Raises:
+        AnchorInvalid: If something before it is no note.
+    """
     for at, note in enumerate(notes):
         if _claims(note, key):
             return tuple(notes[at:])
@@ -222,7 +227,7 @@ def since(notes: Sequence[str], key: VerifierKey) -> tuple[str, ...]:
 def successor(notes: Iterable[str], key: VerifierKey) -> VerifierKey | None:
     """Return the key that this one handed over to by its signature, or None."""
     for note in notes:
-        if _claims(note, key):
+        with suppress(AnchorInvalid):  # nothing is handed over by what is no note of this key
             new, _ = _handover(opened(note, {key})[0])
             if new not in (None, key):
                 return new
@@ -323,10 +328,7 @@ def read_notes(path: str | Path) -> tuple[str, ...]:
 
 def _claims(note: str, key: VerifierKey) -> bool:
     """Say whether a note says that it is signed by a key; whether it is, must be verified."""
-    try:
-        return (key.name, key.hash) in {(name, hash_) for name, hash_, _ in signatures(note)}
-    except AnchorInvalid:
-        return False
+    return any((name, hash_) == (key.name, key.hash) for name, hash_, _ in signatures(note))
 
 
 def _followed(
