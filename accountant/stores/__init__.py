@@ -83,4 +83,9 @@ def ledger_url(location: str | Path) -> URL:
         )
     if not url.database or url.database == ":memory:":
         raise LedgerUnavailable("a ledger must outlive its process: name a file")
+    if url.query or url.database.startswith("file:"):
+        raise LedgerUnavailable(
+            f"{url.render_as_string()}: name the file alone; options of SQLite could turn its"
+            " locks off"
+        )
     return url

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from sqlalchemy import event
 
 import accountant as package
 from accountant import (
@@ -138,9 +139,11 @@ def holed(world: World) -> None:
 
 
 def read_only(world: World) -> None:
-    # As root a file without write permission can be written; SQLite's own mode cannot be passed.
-    copy = copy_of(world)
-    with Accountant.open(f"sqlite:///file:{copy}?mode=ro&uri=true") as locked:
+    # As root a file without write permission can be written; SQLite's own switch holds for root too.
+    with Accountant.open(copy_of(world)) as locked:
+        engine = locked._store.engine
+        engine.dispose()
+        event.listen(engine, "connect", lambda driver, _: driver.execute("PRAGMA query_only=1"))
         assert locked.statement("news").seq > 1
         locked.charge("news", Gaussian(50.0), unit="article", activity="survey")
 
@@ -256,7 +259,9 @@ TABLE = [
     Bad("no file named", lambda _: Accountant.open(""), LedgerUnavailable, "must outlive its process: name a file"),
     Bad("in memory", lambda _: Accountant.open("sqlite://"), LedgerUnavailable, "must outlive its process: name a file"),
     Bad("in memory, by its name", lambda _: Accountant.open("sqlite:///:memory:"), LedgerUnavailable, "must outlive its process: name a file"),
-    Bad("in memory, as a URI", lambda _: Accountant.open("sqlite:///file::memory:?uri=true"), LedgerUnavailable, "journal mode 'memory' instead of 'wal'"),
+    Bad("in memory, as a URI", lambda _: Accountant.open("sqlite:///file::memory:?uri=true"), LedgerUnavailable, "name the file alone"),
+    Bad("a file without locks, as a URI", lambda w: Accountant.open(f"sqlite:///file:{w.location}?nolock=1&uri=true"), LedgerUnavailable, "could turn its locks off"),
+    Bad("an SQLite URI for a path", lambda _: Accountant.open("file:ledger.db"), LedgerUnavailable, "name the file alone"),
     Bad("another database", lambda _: Accountant.open("mysql://me:secret@host/books"), LedgerUnavailable, "mysql://me:***@host/books: a ledger is kept in sqlite:/// or postgresql+psycopg://"),
     Bad("not a URL", lambda _: Accountant.open("://"), LedgerUnavailable, "://"),
     Bad("an unknown driver", lambda _: Accountant.open("sqlite+absent:///ledger.db"), LedgerUnavailable, "absent"),
