@@ -13,9 +13,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
+# The faults with their controls, each printing its figures; then what else is long.
 test-long: .venv/ready
 	@echo "SCALE=$(SCALE)"
-	SCALE=$(SCALE) $(BIN)/python -m pytest -m long tests
+	SCALE=$(SCALE) $(BIN)/python -m pytest -m "" -v -s tests/faults
+	SCALE=$(SCALE) $(BIN)/python -m pytest -m long tests --ignore tests/faults
 	SCALE=$$((50 * $(SCALE))) $(BIN)/python -m pytest tests/dp/test_properties.py
 
 lint: .venv/ready

