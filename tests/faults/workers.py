@@ -19,6 +19,7 @@ must notice.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import resource
@@ -338,6 +339,7 @@ def operate(task: dict) -> None:
 def serve() -> None:
     """Fork a worker for each line; print its process id."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the dead
+    logging.disable(logging.WARNING)  # shares that are nearly used up, thousands of times
     for line in sys.stdin:
         worker = os.fork()
         if worker == 0:
