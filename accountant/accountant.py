@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 from accountant.anchors import (
     Checkpoint,
     Head,
+    check_continues,
     is_command,
     publish,
     read_notes,
@@ -393,27 +395,27 @@ class Accountant(Reader):
         Raises:
             AnchorUnavailable: If it could not be published everywhere; do it again.
             AnchorInvalid: If there is no signer, or one whose key was replaced, or a file holds
-                anything else than whole notes.
+                anything else than whole notes, or those of another ledger or key.
         """
         with self._store.snapshot() as snapshot:
             rows = [snapshot.row(name) for name in snapshot.budgets()]
             before = [row.note for row in snapshot.checkpoints()]
-        places = list(to)
-        for place in places:
-            if not is_command(place) and Path(place).exists():
-                before += read_notes(place)
-        for signer in signers:
-            new = successor(before, signer.verifier_key)
-            if new is not None and f"key {new.to_text()}" not in lines:
-                raise AnchorInvalid(
-                    f"key {signer.verifier_key.name}", f"it was replaced by {new.to_text()}"
-                )
         heads = tuple(Head(row.name, row.seq, row.head) for row in rows)
         when = f"time {datetime.now(UTC).isoformat(timespec='seconds')}"
-        note = sign(Checkpoint(self._store.ledger, heads, (when, *lines)), signers)
-        self._writer.submit(Anchor(note))
+        checkpoint = Checkpoint(self._store.ledger, heads, (when, *lines))
+        note, places = sign(checkpoint, signers), list(to)
+        keys = [signer.verifier_key for signer in signers]
+        files = [place for place in places if not is_command(place) and Path(place).exists()]
+        series = [read_notes(file) for file in files]
+        for key in keys:
+            new = successor(chain(before, *series), key)
+            if new is not None and f"key {new.to_text()}" not in lines:
+                raise AnchorInvalid(f"key {key.name}", f"it was replaced by {new.to_text()}")
+        for notes in series:
+            check_continues(notes, checkpoint, keys)
         for place in places:
             publish(note, place)
+        self._writer.submit(Anchor(note))
         return note
 
     def close(self) -> None:

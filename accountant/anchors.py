@@ -234,6 +234,43 @@ def successor(notes: Iterable[str], key: VerifierKey) -> VerifierKey | None:
     return None
 
 
+def check_continues(
+    notes: Sequence[str], checkpoint: Checkpoint, keys: Collection[VerifierKey]
+) -> None:
+    """Raise unless a checkpoint signed by these keys would continue a series of notes.
+
+    A note that does not would make the whole place unverifiable. No signature is verified here:
+    this finds mistakes, not forgeries.
+
+    Args:
+        notes: Those that are there, oldest first.
+        checkpoint: The next one.
+        keys: That will sign it.
+
+    Raises:
+        AnchorInvalid: If the series is another ledger's, or its last key does not sign.
+    """
+    if not notes:
+        return
+    last = Checkpoint.from_text(unverified(notes[-1])[0])
+    if last.ledger != checkpoint.ledger:
+        reason = f"it holds anchors of ledger {last.ledger}; choose another place for this one's"
+        raise AnchorInvalid("anchors", reason)
+    handed, _ = _handover(last)
+    if handed is None:
+        valid = {(name, hash_) for name, hash_, _ in signatures(notes[-1])}
+    else:
+        valid = {(handed.name, handed.hash)}
+    new, lost = _handover(checkpoint)
+    if lost is not None and new != handed and lost not in {hash_ for _, hash_ in valid}:
+        known = ", ".join(f"{name}+{hash_}" for name, hash_ in sorted(valid))
+        raise AnchorInvalid("anchors", f"the last key is {known}, and not {lost}")
+    if lost is None and valid.isdisjoint((key.name, key.hash) for key in keys):
+        known = ", ".join(f"{name}+{hash_}" for name, hash_ in sorted(valid))
+        reason = f"the last key is {known}; sign with it, or rotate from it to another"
+        raise AnchorInvalid("anchors", reason)
+
+
 def compare(
     checkpoint: Checkpoint, digest_at: Callable[[str, int], bytes | None]
 ) -> tuple[str, ...]:

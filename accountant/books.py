@@ -64,6 +64,7 @@ class Book:
         pending: Refusals not yet written: [times, first, last] by (event, uses, activity).
         appended: Entries of this transaction, with their digests.
         closed: Whether it admits nothing any more.
+        before: Sum in each lane when the transaction began; empty for a new budget.
     """
 
     budget: Budget
@@ -74,6 +75,7 @@ class Book:
     pending: dict[str, list[int]] = field(default_factory=dict)
     appended: list[tuple[Entry, bytes, bytes]] = field(default_factory=list)
     closed: bool = False
+    before: Price = ()
 
     def append(self, kind: Kind, now: int, **members: Any) -> Receipt:
         """Chain one more entry; write pending refusals first, except before another refusal."""

@@ -119,7 +119,14 @@ class Budget:
                 record.get("supersedes"),
                 record.get("quota_of"),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, DPError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            DPError,
+        ) as error:
             raise LedgerCorrupt(f"unreadable budget record: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import stat
 import time
@@ -17,7 +18,7 @@ from accountant.requests import WHOLE_LEDGER
 from accountant.stores import open_store
 from accountant.stores.snapshot import Snapshot
 from accountant.stores.sql import SqlStore
-from accountant.stores.sqlite import SqliteStore, file_system
+from accountant.stores.sqlite import NETWORK_FILE_SYSTEMS, SqliteStore, file_system
 
 _FREE_BYTES = 200 * 2**20
 _LOG_BYTES = 64 * 2**20
@@ -92,9 +93,9 @@ def _findings(store: SqlStore) -> Iterator[Finding]:
         yield Finding("lock", ok=seconds < 1, detail=f"had and released in {seconds:.3f} s")
     yield Finding(
         "marks",
-        ok=store.marks is not None,
-        detail=f"what this machine saw last is kept in {store.marks.path}"
-        if store.marks is not None
+        ok=store.remembered.marks is not None,
+        detail=f"what this machine saw last is kept in {store.remembered.marks.path}"
+        if store.remembered.marks is not None
         else "this machine keeps no high-water marks: an older copy would not be noticed here;"
         " set EPSLEDGER_STATE to a folder that lasts",
     )
@@ -113,7 +114,14 @@ def _is_text(name: object) -> bool:
 
 def _of_files(path: Path) -> Iterator[Finding]:
     kind = file_system(path)
-    yield Finding("file system", ok=True, detail=f"{kind or 'unknown'}, not of a network")
+    network = kind in NETWORK_FILE_SYSTEMS
+    yield Finding(
+        "file system",
+        ok=not network,
+        detail=f"{kind} is of a network: SQLite's locks may not hold"
+        if network
+        else f"{kind or 'unknown'}, not of a network",
+    )
     free = shutil.disk_usage(path.parent).free
     log = path.with_name(f"{path.name}-wal")
     pending = log.stat().st_size if log.exists() else 0
@@ -159,10 +167,10 @@ def _anchor(snapshot: Snapshot) -> Finding:
     try:
         age = (datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds()
     except ValueError:
-        age = 0.0
+        age = math.inf  # it does not say when it was made
     return Finding(
         "anchor",
-        ok=not since or age < _ANCHOR_SECONDS,
+        ok=age < _ANCHOR_SECONDS or (not since and age < math.inf),
         detail=f"{len(notes)} checkpoints, the last {age / 86_400:.1f} days"
         f" and {since} entries ago",
     )

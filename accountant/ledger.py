@@ -231,23 +231,27 @@ def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
     priced = _priced(tx, ask)
     if ask.key is None:
         return _admit(tx, ask, Kind.CHARGE, priced, now)
-    first, event = ask.budgets[0], priced[0][1]
+    event = priced[0][1]
     others = tuple(name.encode() for name in ask.budgets[1:])
     parts = (event, ask.uses.to_bytes(8, "little"), ask.activity.encode(), ask.payload, *others)
     payload = digest(b"".join(map(digest, parts)))
-    for name in ask.budgets:
-        keyed = tx.keyed(name, ask.key)
-        if keyed is None:
-            continue
-        if keyed.payload != payload:
+    keys = [tx.keyed(name, ask.key) for name in ask.budgets]
+    if any(keyed is not None for keyed in keys):
+        if any(keyed is None or keyed.payload != payload for keyed in keys):
             raise KeyReused(ask.key)
-        if keyed.answer is None:
+        receipts = [
+            Receipt(name, keyed.seq, keyed.digest.hex(), keyed.answer, ask.uses)
+            for name, keyed in zip(ask.budgets, keys, strict=True)
+            if keyed is not None
+        ]
+        if receipts[0].answer is None:
             raise ReleaseUnknown(ask.key)
-        return Receipt(first, keyed.seq, keyed.digest.hex(), keyed.answer, ask.uses)
+        return _joined(receipts)
     outcome = _admit(tx, ask, Kind.CHARGE, priced, now)
     if isinstance(outcome, Receipt):
-        keyed = Keyed(ask.key, payload, outcome.seq, bytes.fromhex(outcome.digest))
-        tx.add_keyed(first, keyed)
+        for receipt in (outcome, *outcome.linked):
+            keyed = Keyed(ask.key, payload, receipt.seq, bytes.fromhex(receipt.digest))
+            tx.add_keyed(receipt.budget, keyed)
     return outcome
 
 

@@ -5,8 +5,9 @@ the copy is consistent. A client that remembers the highest entry it saw does. T
 ledger are one small file in ``$EPSLEDGER_STATE``, else ``$XDG_STATE_HOME/epsledger``, else
 ``~/.local/state/epsledger``; an empty ``EPSLEDGER_STATE`` turns them off.
 
-Marks are written after the commit, not synced, and two processes may write at the same moment:
-the newest entry may be missing from them, which makes the check weaker by it, never wrong.
+Marks are read under the ledger's lock before each charge, so that what one process saw binds the
+others. They are written after the commit, not synced, and two processes may write at the same
+moment: the newest entry may be missing from them, which makes the check weaker by it, never wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import logging
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +30,14 @@ Heads = Mapping[str, tuple[int, bytes]]
 
 
 class HighWaterMarks:
-    """The marks of one ledger. For the writer thread, and other processes at the same time."""
+    """The marks of one ledger, for the threads of this process and for other processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._slots: dict[str, int] = {}
+        self._door = threading.Lock()
 
     @classmethod
     def open(cls, ledger: str) -> Self | None:
@@ -56,10 +59,22 @@ class HighWaterMarks:
             )
             return None
 
-    def read(self) -> dict[str, tuple[int, bytes]]:
-        """Return what was seen: position and digest of an entry for each budget."""
-        with self._locked():
-            return self._read()
+    def read(self, names: frozenset[str] | None = None) -> dict[str, tuple[int, bytes]]:
+        """Return what was seen: position and digest of an entry for each budget.
+
+        Args:
+            names: Of the budgets in question; of all if None.
+        """
+        if names is None or not names <= self._slots.keys():
+            with self._locked():
+                found = self._read()
+            return found if names is None else {n: found[n] for n in names if n in found}
+        found = {}
+        for name in names:
+            stored = self._stored(name)
+            if stored is not None and stored[1]:
+                found[name] = stored[1:]
+        return found
 
     def raise_to(self, heads: Heads) -> None:
         """Remember these heads where they are higher than what is remembered."""
@@ -84,9 +99,12 @@ class HighWaterMarks:
                 if slot is None:
                     slot = self._slots[name] = -(-os.fstat(self._file).st_size // _SLOT.size)
                     os.pwrite(self._file, _packed(name, 0, bytes(32)), slot * _SLOT.size)
-        stored = _unpacked(os.pread(self._file, _SLOT.size, slot * _SLOT.size))
+        stored = self._stored(name)
         if stored is None or stored[1] < seq:
             os.pwrite(self._file, _packed(name, seq, head), slot * _SLOT.size)
+
+    def _stored(self, name: str) -> tuple[str, int, bytes] | None:
+        return _unpacked(os.pread(self._file, _SLOT.size, self._slots[name] * _SLOT.size))
 
     def _read(self) -> dict[str, tuple[int, bytes]]:
         found, content = {}, os.pread(self._file, os.fstat(self._file).st_size, 0)
@@ -103,11 +121,12 @@ class HighWaterMarks:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+        with self._door:  # a lock on a file is its process's, not a thread's
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def state_folder() -> Path | None:

@@ -138,6 +138,8 @@ class Reader:
     ) -> Verification:
         """Replay the whole ledger and compare it with itself, and with what is known elsewhere.
 
+        If it is clean, this machine remembers where each budget ended.
+
         Args:
             anchors: For each place that they were published to, signed checkpoints, oldest first.
             key: A verifier key that is trusted; checkpoints from before it was valid are left
@@ -163,9 +165,15 @@ class Reader:
                     if not valid:
                         raise AnchorInvalid("anchors", f"none is signed by {key.name}+{key.hash}")
                     anchored += history(valid, key, vouched=vouched)[0]
-                stored = since([row.note for row in snapshot.checkpoints()], key)
+                stored = since(
+                    [note for _, note in snapshot.checkpoints() if isinstance(note, str)], key
+                )
                 own, _ = history(stored, key, vouched=vouched, shared=True)
-            return verify(snapshot, anchored, own)
+            found = verify(snapshot, anchored, own)
+        if found.clean:
+            heads = ((each.budget, each.entries, each.head) for each in found.budgets)
+            self._store.saw({name: (seq, bytes.fromhex(head)) for name, seq, head in heads})
+        return found
 
     def close(self) -> None:
         """Close the ledger."""

@@ -7,9 +7,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from accountant.errors import ReservationError
 from accountant.forks import process
@@ -123,7 +124,7 @@ class Lease:
         self.event, self.marked = ask.event, 0
         self._writer, self._ask = writer, ask
         self._process, self._boot = process(), boot()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._holds: Holds = ()
         self._granted = self._left = 0
         self._began = 0.0
@@ -138,7 +139,7 @@ class Lease:
         """
         if process() != self._process:  # before the lock: a fork may have copied it taken
             self._check_owner()
-        with self._lock:
+        with self._not_within():
             if not self._left:
                 self._refill()
             self._left -= 1
@@ -149,7 +150,7 @@ class Lease:
         if not self._open:
             return
         self._check_owner()
-        with self._lock:
+        with self._not_within():
             if self._open:
                 self._settle()
                 self._open = False
@@ -177,6 +178,12 @@ class Lease:
         self._holds, self._granted, self._left = (), 0, 0
         if holds:
             self._writer.submit(Settle(holds, self._ask.holder, marked))
+
+    def _not_within(self) -> AbstractContextManager[Any]:
+        """Return the lock; raise in a signal handler that interrupted its holder in this thread."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - as Condition does
+            raise ReservationError("a signal handler cannot use the lease that it interrupted")
+        return self._lock
 
     def _check_owner(self) -> None:
         if not self._open:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import sub
 
 from accountant.books import Hold
@@ -68,6 +68,7 @@ class Statement:
         open_reservations: (seq, uses, marked) of each.
         closed: Whether it admits nothing any more.
         spent: Each event that was charged or reserved and not returned, with its uses.
+        superseded_by: Name of the budget that carries all of it, if there is one.
     """
 
     budget: Budget
@@ -80,6 +81,7 @@ class Statement:
     open_reservations: tuple[tuple[int, int, int], ...]
     spent: tuple[tuple[Event, int], ...]
     closed: bool = False
+    superseded_by: str | None = None
 
 
 def read_statement(snapshot: Snapshot, name: str) -> Statement:
@@ -95,8 +97,19 @@ def read_statement(snapshot: Snapshot, name: str) -> Statement:
         events = {stored.digest: decode(stored.encoded) for stored in snapshot.events(name)}
         prices = {stored.digest: unpack_lanes(stored.price) for stored in snapshot.events(name)}
         entries = [unpack(body) for _, body, _ in snapshot.entries(name)]
-        return _fold(budget, row.head.hex(), entries, events, prices, json.loads(row.pending))
-    except (MalformedEvent, LookupError, TypeError, ValueError) as error:
+        pending = json.loads(row.pending)
+        statement = _fold(budget, row.head.hex(), entries, events, prices, pending)
+        records = map(Budget.from_json, snapshot.records() if statement.closed else ())
+        successors = (other.name for other in records if other.supersedes == name)
+        return replace(statement, superseded_by=next(successors, None))
+    except (
+        MalformedEvent,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise LedgerCorrupt(f"budget {name!r} cannot be read; verify it: {error!r}") from error
 
 

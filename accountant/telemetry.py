@@ -3,7 +3,8 @@
 Crossing 50, 80 or 95 % of a budget is a warning in the log of this module, always. With
 ``opentelemetry-api`` installed (the extra ``telemetry``) there are metrics as well, of whatever
 provider the application set up: ``epsledger.charges``, ``epsledger.refusals``,
-``epsledger.share`` and ``epsledger.commit.duration``. No query, event or note is in them.
+``epsledger.remaining`` and ``epsledger.commit.duration``. No query, event or note is in them.
+OpenTelemetry's handler for :mod:`logging` exports the warnings.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from accountant.books import Book
+from accountant.entries import HOLDS, SPENDS
 
 _LOG = logging.getLogger(__name__)
 THRESHOLDS = (0.5, 0.8, 0.95)
@@ -20,20 +22,21 @@ THRESHOLDS = (0.5, 0.8, 0.95)
 
 
 class Watch:
-    """What one process saw of its ledger. For the writer thread."""
+    """Tells of every commit. For the writer thread."""
 
     def __init__(self) -> None:
-        self._shares: dict[str, float] = {}
         self._meter = _meter()
         if self._meter is not None:
             self._charges = self._meter.create_counter(
-                "epsledger.charges", unit="{entry}", description="entries that were committed"
+                "epsledger.charges", unit="{entry}", description="charges, reservations and leases"
             )
             self._refusals = self._meter.create_counter(
                 "epsledger.refusals", unit="{ask}", description="operations turned down"
             )
-            self._share = self._meter.create_gauge(
-                "epsledger.share", unit="1", description="used share of a budget's limits"
+            self._remaining = self._meter.create_gauge(
+                "epsledger.remaining",
+                unit="1",
+                description="share of a budget that is left",
             )
             self._duration = self._meter.create_histogram(
                 "epsledger.commit.duration", unit="s", description="of one durable commit"
@@ -48,15 +51,16 @@ class Watch:
             seconds: How long it took.
         """
         for book in books:
-            name, share = book.budget.name, book.budget.filter.share(book.totals)
-            before = self._shares.get(name)
-            self._shares[name] = share
-            for threshold in THRESHOLDS:
-                if before is not None and before < threshold <= share:
+            name, limits = book.budget.name, book.budget.filter
+            share = limits.share(book.totals)
+            if share >= THRESHOLDS[0] and book.totals != book.before:
+                before = limits.share(book.before) if book.before else 0.0
+                if any(before < threshold <= share for threshold in THRESHOLDS):
                     _LOG.warning("budget %r: %.0f%% of the limits are used", name, 100 * share)
             if self._meter is not None:
-                self._share.set(share, {"budget": name})
-                self._charges.add(len(book.appended), {"budget": name})
+                spent = sum(entry.kind in SPENDS | HOLDS for entry, _, _ in book.appended)
+                self._remaining.set(1.0 - share, {"budget": name})
+                self._charges.add(spent, {"budget": name})
         if self._meter is not None:
             self._duration.record(seconds)
             for name in refused:

@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from operator import add, sub
 
 from accountant.anchors import Checkpoint, compare
@@ -98,7 +99,8 @@ class _Across:
     """What several chains must agree on.
 
     Of an operation charged to several budgets each chain must have its part, or none. A budget
-    that supersedes another must have all that was spent there, with its later corrections.
+    that supersedes another must have all that was spent there, with its later corrections. No two
+    budgets are about the same dataset.
     """
 
     def __init__(self) -> None:
@@ -123,6 +125,15 @@ class _Across:
             old = self._replayed.get(new.supersedes or "")
             if old is not None and not old[1].spent <= replayed.carried:
                 yield new.name, f"entry 1: not all that {new.supersedes!r} spent is carried over"
+        replaced = {new.supersedes for new, _ in self._replayed.values()}
+        current = [
+            budget
+            for budget, _ in self._replayed.values()
+            if budget.quota_of is None and budget.name not in replaced
+        ]
+        for one, other in combinations(current, 2):
+            if one.covers(other):
+                yield other.name, f"entry 1: budget {one.name!r} is about the same dataset"
         for link, others in self._found.items():
             if link not in self._expected:
                 for budget, seq, _ in others:
@@ -164,7 +175,10 @@ def verify(
             else (f"the anchor is about ledger {checkpoint.ledger}, not {snapshot.ledger}",)
         )
     ]
-    numbers = [number for number, _ in snapshot.checkpoints()]
+    kept = snapshot.checkpoints()
+    numbers = [number for number, _ in kept]
+    if not all(isinstance(note, str) for _, note in kept):
+        anchors.append("one of the ledger's own checkpoints is not a text")
     if numbers != list(range(1, len(numbers) + 1)):
         anchors.append(f"the ledger's own checkpoints are numbered {numbers}")
     against = [f"{len(anchored)} anchor{'s' * (len(anchored) > 1)}"] if anchored else []
@@ -185,7 +199,15 @@ def _verify_budget(snapshot: Snapshot, name: str, across: _Across) -> Checked:
             problems.append(problem)  # noqa: PERF402 - those before an error count
         across.end(budget, replayed)
         problems.extend(_mismatches(snapshot, budget, row, replayed))
-    except (LedgerCorrupt, DPError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        LedgerCorrupt,
+        DPError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         said = str(error) if isinstance(error, LedgerCorrupt | DPError) else repr(error)
         problems.append(f"entry {replayed.seq + 1}: {said}")
     return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems))

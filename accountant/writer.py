@@ -28,7 +28,7 @@ from accountant.errors import (
 from accountant.ledger import Outcome, decide
 from accountant.requests import Receipt, Request
 from accountant.stores import Store
-from accountant.stores.transaction import Transaction
+from accountant.stores.transaction import Transaction, price_ahead
 from accountant.telemetry import Watch
 from dp import DPError
 
@@ -87,6 +87,7 @@ class Writer:
     ) -> Future[Outcome]:
         """Queue one request; its future is done, and ``then`` called, when its entry is durable."""
         self._store.check_process()
+        price_ahead(self._store, request)
         done: Future[Outcome] = Future()
         if then is not None:
             done.add_done_callback(then)
@@ -98,14 +99,16 @@ class Writer:
         return done
 
     def close(self) -> None:
-        """Finish what is queued and stop the thread."""
+        """Finish what is queued and stop the thread; wait no longer than a caller would."""
         if not self._thread.is_alive():
             return
         with self._door:
             if not self._closed:
                 self._closed = True
                 self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)
+        if self._thread.is_alive():
+            _LOG.warning("the ledger did not answer in %.0f s; it is left open", PATIENCE_SECONDS)
 
     def _run(self) -> None:
         try:

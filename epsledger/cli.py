@@ -26,7 +26,7 @@ from dp import (
 from dp.accountings import merged
 from dp.codec import read_event
 from epsledger.errors import REFUSED, told
-from epsledger.keeping import anchor, doctor, ledger
+from epsledger.keeping import anchor, doctor, evidence, ledger, verified
 from epsledger.options import LEDGER as _LEDGER
 from epsledger.options import add_row as _add_row
 from epsledger.options import existing as _existing
@@ -277,6 +277,7 @@ def show(name: str, ledger: str) -> None:
         ("dataset", statement.budget.dataset),
         ("made from", ", ".join(statement.budget.lineage)),
         ("supersedes", statement.budget.supersedes),
+        ("superseded by", statement.superseded_by),
         ("a quota of", statement.budget.quota_of),
     ):
         if other:
@@ -333,11 +334,13 @@ def plan(name: str, uses: int, ledger: str, written: str | None, **event: float 
     show_default=True,
     help="Folder for the HTML, the JSON and the plots.",
 )
+@evidence
 @_LEDGER
-def report(name: str, out: Path, ledger: str) -> None:
+def report(name: str, out: Path, ledger: str, **evidence: Any) -> None:
     """Write the compliance report of a budget: HTML, JSON and plots."""
     with told(), _existing(ledger) as accountant:
-        written = write_report(accountant.statement(name), accountant.verify(), out)
+        verification = verified(accountant, **evidence)
+        written = write_report(accountant.statement(name), verification, out)
     for path in written.values():
         click.echo(path)
 

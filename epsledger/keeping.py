@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from accountant import Accountant, Verification
 from accountant.anchors import read_notes
 from accountant.doctor import examine
 from accountant.marks import state_folder
@@ -16,7 +19,7 @@ from accountant.notes import VerifierKey, new_key, read_key
 from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
 from epsledger.errors import CONTRADICTION, told
-from epsledger.options import LEDGER, add_row, existing, shown
+from epsledger.options import LEDGER, add_row, existing, moment, shown
 
 
 @click.group()
@@ -35,11 +38,10 @@ def log(name: str, last: int, ledger: str) -> None:
     table = Table("seq", "time (UTC)", "kind", "uses", "event", "activity", "used after")
     for line in statement.lines[-last:]:
         entry = line.entry
-        when = datetime.fromtimestamp(entry.time / 1e6, UTC)
         add_row(
             table,
             str(entry.seq),
-            f"{when:%Y-%m-%d %H:%M:%S}",
+            moment(entry.time),
             entry.kind.name.lower() + (f" x{entry.times}" if entry.times > 1 else ""),
             str(entry.uses or ""),
             repr(line.event) if line.event else "",
@@ -49,29 +51,41 @@ def log(name: str, last: int, ledger: str) -> None:
     Console().print(table)
 
 
-@ledger.command("verify")
-@click.option(
-    "--anchor",
-    "anchors",
-    type=click.Path(dir_okay=False, path_type=Path),
-    multiple=True,
-    help="A file that anchors were published to; repeatable.",
-)
-@click.option(
-    "--key", "trusted", help="The verifier key that is trusted, as 'anchor new-key' printed it."
-)
-@click.option("--vouched", multiple=True, help="A verifier key that replaced a lost one.")
-@LEDGER
-def verify(
-    anchors: tuple[Path, ...], trusted: str | None, vouched: tuple[str, ...], ledger: str
-) -> None:
-    """Replay every entry and compare: chain, prices, sums, limits. Exit code 4 if not clean."""
-    if anchors and not trusted:
+def evidence(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what a ledger is verified against."""
+    for option in (
+        click.option("--vouched", multiple=True, help="A verifier key that replaced a lost one."),
+        click.option("--key", help="The verifier key that is trusted, of 'anchor new-key'."),
+        click.option(
+            "--anchor",
+            "anchors",
+            type=click.Path(dir_okay=False, path_type=Path),
+            multiple=True,
+            help="A file that anchors were published to; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def verified(
+    accountant: Accountant, anchors: tuple[Path, ...], key: str | None, vouched: tuple[str, ...]
+) -> Verification:
+    """Verify a ledger against what :func:`evidence` named."""
+    if anchors and not key:
         raise click.UsageError("anchors prove nothing without the --key that signed them")
+    trusted = VerifierKey.from_text(key) if key else None
+    keys = [VerifierKey.from_text(each) for each in vouched]
+    return accountant.verify(map(read_notes, anchors), key=trusted, vouched=keys)
+
+
+@ledger.command("verify")
+@evidence
+@LEDGER
+def verify(ledger: str, **evidence: Any) -> None:
+    """Replay every entry and compare: chain, prices, sums, limits. Exit code 4 if not clean."""
     with told(), existing(ledger) as accountant:
-        key = VerifierKey.from_text(trusted) if trusted else None
-        keys = [VerifierKey.from_text(each) for each in vouched]
-        found = accountant.verify(map(read_notes, anchors), key=key, vouched=keys)
+        found = verified(accountant, **evidence)
     for checked in found.budgets:
         state = "clean" if not checked.problems else f"{len(checked.problems)} problems"
         click.echo(
@@ -154,7 +168,8 @@ def anchor_new_key(key_file: Path | None, name: str) -> None:
     """Make a key outside the ledger's folder, and print its verifier key: give that away."""
     with told():
         path = _key_file(key_file)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with suppress(OSError):  # whatever is in its way, making the key says so
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         signer = new_key(path, name)
     click.echo(f"the secret key is in {path}", err=True)
     click.echo(signer.verifier_key.to_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import click
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +30,20 @@ def shown(ledger: str) -> str:
     return ledger_url(ledger).render_as_string() if "://" in ledger else ledger
 
 
-def add_row(table: Table, *cells: str) -> None:
-    """Add a row of plain text: what callers wrote is not markup."""
-    table.add_row(*map(Text, cells))
+def moment(time: int) -> str:
+    """Return the label of an entry, microseconds since 1970, as a date.
+
+    >>> moment(0)
+    '1970-01-01 00:00:00'
+    >>> moment(2**64 - 1)
+    '18446744073709551615 us'
+    """
+    try:
+        return f"{datetime.fromtimestamp(time / 1e6, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return f"{time} us"
+
+
+def add_row(table: Table, *cells: object) -> None:
+    """Add a row of plain text: what callers wrote is not markup, nor always text."""
+    table.add_row(*(Text(str(cell)) for cell in cells))

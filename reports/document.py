@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from accountant import Statement, Verification
-from accountant.entries import Kind
+from accountant.entries import HOLDS, SPENDS, Kind
 from accountant.statements import Line
 from dp.readings import if_fixed
 
@@ -70,6 +70,7 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
             "dataset": budget.dataset,
             "lineage": list(budget.lineage),
             "supersedes": budget.supersedes,
+            "superseded_by": statement.superseded_by,
             "quota_of": budget.quota_of,
             "closed": statement.closed,
         },
@@ -164,7 +165,7 @@ def _events(statement: Statement) -> list[dict[str, Any]]:
     uses: Counter[tuple[str, str]] = Counter()
     for line in statement.lines:
         entry, key = line.entry, (repr(line.event), line.entry.activity)
-        if entry.kind in (Kind.CHARGE, Kind.RESERVE):
+        if entry.kind in SPENDS | HOLDS:
             uses[key] += entry.uses
         elif entry.kind in (Kind.SETTLE, Kind.VOID):
             opened = statement.lines[entry.reservation - 1]

@@ -10,6 +10,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from accountant.errors import LedgerUnavailable
+from accountant.marks import Heads
 from accountant.stores.snapshot import Snapshot
 from accountant.stores.transaction import Transaction
 
@@ -31,6 +32,9 @@ class Store(Protocol):
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """Read one consistent state; writers are not held up."""
+
+    def saw(self, heads: Heads) -> None:
+        """Raise this machine's marks to these heads, which were found sound."""
 
     def check_process(self) -> None:
         """Raise in a forked child: it must not use the parent's connections, nor its locks."""

@@ -12,6 +12,7 @@ from typing import Any
 from accountant.entries import SPENDS, unpack
 from accountant.errors import LedgerCorrupt, LedgerUnavailable, UnknownBudget
 from accountant.forks import process
+from accountant.marks import Heads
 from accountant.stores.rows import (
     BudgetRow,
     CheckpointRow,
@@ -73,6 +74,9 @@ class MemoryStore:
         self.check_process()
         with self._lock:
             yield self
+
+    def saw(self, heads: Heads) -> None:
+        """Do nothing: nobody can put back what is in memory."""
 
     def check_process(self) -> None:
         """Raise in a forked child: what it writes, its parent does not see."""
@@ -149,6 +153,10 @@ class MemoryStore:
             raise UnknownBudget(budget)
         row: BudgetRow = self._rows[BudgetRow][budget]
         return row
+
+    def records(self) -> list[bytes]:
+        """Return the records of all budgets."""
+        return self.read_records()
 
     def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
         """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""

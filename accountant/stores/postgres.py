@@ -17,6 +17,7 @@ from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import (
     AccountantError,
+    InvalidRequest,
     LedgerCorrupt,
     LedgerUnavailable,
     OutcomeUnknown,
@@ -25,7 +26,7 @@ from accountant.errors import (
 from accountant.requests import WHOLE_LEDGER
 from accountant.stores.schema import METADATA, SCHEMA_VERSION, new_ledger, postgres_triggers
 from accountant.stores.sql import SqlStore
-from accountant.stores.statements import Statements
+from accountant.stores.statements import MUTABLE, TABLES, Statements
 
 try:
     import psycopg
@@ -42,6 +43,14 @@ _SETTINGS = {
     "statement_timeout": "10min",
     "idle_in_transaction_session_timeout": "1min",
 }
+_CONNECTION = {
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""A network that went away is noticed within half a minute."""
 _BIRTH = 0x65707364_6C656467
 """Advisory lock for whoever makes an empty database a ledger."""
 
@@ -62,7 +71,13 @@ class PostgresStore(SqlStore):
     _driver_error = psycopg.Error
 
     def __init__(self, url: URL, *, create: bool = True) -> None:
-        engine = create_engine(url, max_overflow=-1, pool_pre_ping=True)
+        # The isolation is named here, too: a connection that was read from is reset to it.
+        engine = create_engine(
+            url.update_query_dict({**_CONNECTION, **url.query}),
+            max_overflow=-1,
+            pool_pre_ping=True,
+            isolation_level="READ COMMITTED",
+        )
         event.listen(engine, "connect", _configure)
         self._held: frozenset[str] = frozenset()
         self._doubt: str | None = None
@@ -136,6 +151,9 @@ class PostgresStore(SqlStore):
             self._driver.rollback()
         except psycopg.Error:
             self._discard()
+        else:
+            if self._driver.closed:
+                self._discard()
 
     def _execute(self, statement: str, values: Sequence[Any]) -> list[Any]:
         rows: list[Any] = self._driver.execute(statement, values).fetchall()
@@ -156,8 +174,6 @@ class PostgresStore(SqlStore):
     def _translate(self, error: BaseException) -> AccountantError:
         if isinstance(error, psycopg.errors.RaiseException | psycopg.IntegrityError):
             return LedgerCorrupt(f"{self.place}: {error}")
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            self._discard()
         return LedgerUnavailable(f"{self.place}: {error}; nothing was charged")
 
 
@@ -195,22 +211,30 @@ def probe(connection: Connection) -> list[str]:
 def role_statements(role: str) -> str:
     """Return SQL for an application's role: it can read and append, and not rewrite.
 
+    It can update what a charge must: of a budget the position of its last entry with the sums, of
+    a reservation its marks. Sums that are not those of the entries are found by ``verify``.
+
     Args:
-        role: Name of the role, which must exist; letters, digits and underscores.
+        role: Name of the role, which must exist.
+
+    Raises:
+        InvalidRequest: If no role can have that name.
 
     >>> print(role_statements("rag_app").splitlines()[0])
-    GRANT SELECT ON epsledger_ledger, epsledger_checkpoint TO rag_app;
+    GRANT SELECT ON epsledger_ledger TO "rag_app";
     """
-    if not role.isidentifier():
-        raise ValueError(f"role {role!r} must be letters, digits and underscores")
-    whole, own = "epsledger_ledger", "epsledger_checkpoint"
+    if not 1 <= len(role.encode()) <= 63 or not role.isprintable():
+        raise InvalidRequest(f"role {role!r} must be 1 to 63 printable bytes")
+    to = 'TO "' + role.replace('"', '""') + '";\n'
     append = "epsledger_entry, epsledger_event, epsledger_checkpoint"
-    state = "epsledger_budget, epsledger_reservation, epsledger_key"
+    state = "".join(
+        f"GRANT SELECT, INSERT, UPDATE ({', '.join(columns)}) ON {TABLES[row]} {to}"
+        for row, columns in MUTABLE.items()
+    )
     return (
-        f"GRANT SELECT ON {whole}, {own} TO {role};\n"
-        f"GRANT UPDATE (id) ON {whole} TO {role};  -- to lock it; a trigger refuses a change\n"
-        f"GRANT SELECT, INSERT ON {append} TO {role};\n"
-        f"GRANT SELECT, INSERT, UPDATE ON {state} TO {role};\n"
+        f"GRANT SELECT ON epsledger_ledger {to}"
+        f"GRANT UPDATE (id) ON epsledger_ledger {to[:-1]}  -- to lock it; no trigger allows more\n"
+        f"GRANT SELECT, INSERT ON {append} {to}{state}"
     )
 
 

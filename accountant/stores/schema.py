@@ -117,7 +117,8 @@ _RULES: tuple[tuple[str, str, str], ...] = (
         "UPDATE",
         (
             "NEW.name <> OLD.name OR NEW.record <> OLD.record OR NEW.seq < OLD.seq"
-            " OR (OLD.closed AND NOT NEW.closed)"
+            " OR (OLD.closed AND NOT NEW.closed) OR (NEW.seq = OLD.seq AND (NEW.head <> OLD.head"
+            " OR NEW.time <> OLD.time OR NEW.totals <> OLD.totals OR NEW.closed <> OLD.closed))"
         ),
     ),
     ("epsledger_budget", "DELETE", ""),
@@ -125,12 +126,21 @@ _RULES: tuple[tuple[str, str, str], ...] = (
         "epsledger_reservation",
         "UPDATE",
         (
-            "NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged OR NEW.marked < OLD.marked"
+            "NEW.budget <> OLD.budget OR NEW.seq <> OLD.seq OR NEW.event <> OLD.event"
+            " OR NEW.uses <> OLD.uses OR NEW.charged <> OLD.charged OR NEW.marked < OLD.marked"
             " OR NEW.lease <> OLD.lease OR (NEW.open AND NOT OLD.open)"
         ),
     ),
     ("epsledger_reservation", "DELETE", ""),
-    ("epsledger_key", "UPDATE", "OLD.answer IS NOT NULL OR NEW.payload <> OLD.payload"),
+    (
+        "epsledger_key",
+        "UPDATE",
+        (
+            "OLD.answer IS NOT NULL OR NEW.budget <> OLD.budget OR NEW.key <> OLD.key"
+            " OR NEW.payload <> OLD.payload OR NEW.seq <> OLD.seq OR NEW.digest <> OLD.digest"
+        ),
+    ),
+    ("epsledger_key", "DELETE", ""),
     (
         "epsledger_ledger",
         "UPDATE",

@@ -36,6 +36,9 @@ class Snapshot(Protocol):
             LedgerCorrupt: If it went back since it was last seen.
         """
 
+    def records(self) -> list[bytes]:
+        """Return the records of all stored budgets."""
+
     def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
         """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
 
@@ -92,6 +95,10 @@ class SqlSnapshot:
             raise UnknownBudget(budget)
         return row
 
+    def records(self) -> list[bytes]:
+        """Return the records of all stored budgets."""
+        return list(self._connection.execute(select(BUDGET.c.record)).scalars())
+
     def entries(self, budget: str) -> Iterator[tuple[Any, bytes, Any]]:
         """Yield (seq, body, digest) of the stored entries of a budget, by ``seq``."""
         query = (
@@ -136,7 +143,7 @@ class SqlSnapshot:
         found: set[str] = set()
         for table in (ENTRY, EVENT, RESERVATION, KEY):
             found.update(self._connection.execute(select(table.c.budget).distinct()).scalars())
-        return sorted(found - known)
+        return sorted(map(str, found - known))
 
     def _stored_budgets(self) -> set[str]:
         return set(self._connection.execute(select(BUDGET.c.name)).scalars())

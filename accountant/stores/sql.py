@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, OutcomeUnknown
 from accountant.forks import process
-from accountant.marks import HighWaterMarks
+from accountant.marks import Heads, HighWaterMarks
 from accountant.requests import WHOLE_LEDGER
 from accountant.stores.rows import BudgetRow, EventRow, KeyRow, ReservationRow, Spent
 from accountant.stores.snapshot import SqlSnapshot
@@ -33,8 +33,7 @@ class SqlStore(ABC):
 
     Attributes:
         ledger: Identity of the ledger, 32 hexadecimal digits.
-        remembered: What this process saw of it.
-        marks: What this machine's clients saw of it, or None where that cannot be kept.
+        remembered: What this process saw of it, and the marks of this machine.
     """
 
     statements: ClassVar[Statements]
@@ -50,9 +49,7 @@ class SqlStore(ABC):
         except AccountantError:
             engine.dispose()
             raise
-        self.marks = HighWaterMarks.open(self.ledger)
-        if self.marks is not None:
-            self.remembered.seen.update(self.marks.read())
+        self.remembered.marks = HighWaterMarks.open(self.ledger)
 
     @contextmanager
     def transaction(self, names: frozenset[str]) -> Iterator[Transaction]:
@@ -82,9 +79,12 @@ class SqlStore(ABC):
             raise OutcomeUnknown(
                 f"{self.place}: the commit failed ({error}); count it as spent"
             ) from error
-        heads = tx.remember()
-        if self.marks is not None:
-            self.marks.raise_to(heads)
+        self.saw(tx.remember())
+
+    def saw(self, heads: Heads) -> None:
+        """Raise this machine's marks to these heads."""
+        if self.remembered.marks is not None:
+            self.remembered.marks.raise_to(heads)
 
     def try_locks(self, names: frozenset[str]) -> None:
         """Take what a transaction over these names locks, and let it go; nothing is remembered.
@@ -105,7 +105,7 @@ class SqlStore(ABC):
     def snapshot(self) -> Iterator[SqlSnapshot]:
         """Read one consistent state; writers are not held up."""
         self.check_process()
-        seen = dict(self.remembered.seen)  # before: the writer goes on while this is read
+        seen = self.remembered.highest()  # before: the writer goes on while this is read
         with self.translated(), self._reading() as connection:
             yield SqlSnapshot(self.ledger, connection, self.statements, seen)
 
@@ -127,8 +127,8 @@ class SqlStore(ABC):
             return
         self._discard()
         self.engine.dispose()
-        if self.marks is not None:
-            self.marks.close()
+        if self.remembered.marks is not None:
+            self.remembered.marks.close()
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -213,10 +213,6 @@ class SqlStore(ABC):
             return kind(*row)
         return None
 
-    def warnings(self) -> list[str]:
-        """Return what could lose acknowledged charges here."""
-        return []
-
     @property
     def _driver(self) -> Any:
         return self._connection.driver_connection
@@ -245,6 +241,10 @@ class SqlStore(ABC):
         return LedgerUnavailable(
             f"no ledger at {self.place}; is that the right place? The first budget makes one"
         )
+
+    @abstractmethod
+    def warnings(self) -> list[str]:
+        """Return what could lose acknowledged charges here."""
 
     @abstractmethod
     def missing_triggers(self) -> list[str]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -22,6 +24,7 @@ from weakref import WeakSet
 from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, SchemaMismatch
+from accountant.notes import fsync_folder
 from accountant.stores.inode import inode
 from accountant.stores.schema import (
     APPLICATION_ID,
@@ -33,7 +36,7 @@ from accountant.stores.schema import (
 from accountant.stores.sql import SqlStore
 from accountant.stores.statements import Statements
 
-_NETWORK_FILE_SYSTEMS = frozenset(
+NETWORK_FILE_SYSTEMS = frozenset(
     {
         "9p",
         "afs",
@@ -48,6 +51,8 @@ _NETWORK_FILE_SYSTEMS = frozenset(
         "smbfs",
     }
 )
+_DURABLE = {"journal_mode": "wal", "synchronous": 2, "fullfsync": 1}
+"""What the pragmas of a connection must answer; 2 is FULL."""
 _PATIENCE_SECONDS = 30
 _TURN_SECONDS = 1.0
 _POLL_SECONDS = 1e-4
@@ -112,11 +117,11 @@ class SqliteStore(SqlStore):
         Raises:
             LedgerUnavailable: If the file exists or cannot be written; nothing is left of it then.
         """
-        if to.exists():
-            raise LedgerUnavailable(f"{to} exists; a backup never overwrites")
-        part = to.with_name(f"{to.name}.part")
-        part.unlink(missing_ok=True)
+        part = None
         try:
+            descriptor, name = tempfile.mkstemp(prefix=f"{to.name}.", suffix=".part", dir=to.parent)
+            os.close(descriptor)
+            part = Path(name)
             with (
                 self.engine.connect() as connection,
                 closing(sqlite3.connect(part)) as copy,
@@ -124,11 +129,26 @@ class SqliteStore(SqlStore):
                 connection.connection.driver_connection.backup(copy)  # type: ignore[union-attr]
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            part.rename(to)
+            part.chmod(stat.S_IMODE(os.stat(self._path).st_mode))  # noqa: PTH116
+            to.hardlink_to(part)
+        except FileExistsError as error:
+            raise LedgerUnavailable(f"{to} exists; a backup never overwrites") from error
         except (OSError, sqlite3.Error) as error:
             raise LedgerUnavailable(f"{to}: no backup was made: {error}") from error
         finally:
-            part.unlink(missing_ok=True)
+            if part is not None:
+                part.unlink(missing_ok=True)
+        fsync_folder(to)
+
+    def warnings(self) -> list[str]:
+        """Return what could lose acknowledged charges here, or let two writers in."""
+        with self.engine.connect() as connection:
+            found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in _DURABLE]
+        return [
+            f"SQLite answers {name}={value!r} and must answer {wanted!r}"
+            for (name, wanted), value in zip(_DURABLE.items(), found, strict=True)
+            if value != wanted
+        ]
 
     def missing_triggers(self) -> list[str]:
         """Return the names of the triggers that the ledger has lost, or that were changed."""
@@ -141,7 +161,7 @@ class SqliteStore(SqlStore):
         if not create and not (Path(self.place).exists() and Path(self.place).stat().st_size):
             raise self._no_ledger()
         kind = file_system(Path(self.place))
-        if kind in _NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
+        if kind in NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
             raise LedgerUnavailable(
                 f"{self.place} is on a {kind} file system, where SQLite's locks may not hold; use"
                 " a local disk, or PostgreSQL for several hosts (EPSLEDGER_NETWORK_FILES=1 if you"

@@ -15,7 +15,7 @@ from accountant.stores.rows import (
 )
 from accountant.stores.schema import METADATA
 
-_TABLES: dict[Any, str] = {
+TABLES: dict[Any, str] = {
     BudgetRow: "epsledger_budget",
     EventRow: "epsledger_event",
     EntryRow: "epsledger_entry",
@@ -23,11 +23,12 @@ _TABLES: dict[Any, str] = {
     KeyRow: "epsledger_key",
     CheckpointRow: "epsledger_checkpoint",
 }
-_MUTABLE: dict[Any, tuple[str, ...]] = {
+MUTABLE: dict[Any, tuple[str, ...]] = {
     BudgetRow: ("seq", "head", "time", "totals", "pending", "closed"),
     ReservationRow: ("holder", "marked", "open"),
     KeyRow: ("answer",),
 }
+"""What may change of a row; all else of the ledger is only ever added."""
 SPEND_KINDS = tuple(bytes([kind]) for kind in sorted(SPENDS))
 
 
@@ -55,8 +56,8 @@ class Statements:
             "SELECT event, CASE WHEN open THEN uses ELSE marked END, count(*)"  # noqa: S608
             f" FROM epsledger_reservation WHERE budget = {mark} GROUP BY 1, 2"
         )
-        self.inserts = {row: self._insert(row) for row in _TABLES}
-        self.updates = {row: self._update(row) for row in _MUTABLE}
+        self.inserts = {row: self._insert(row) for row in TABLES}
+        self.updates = {row: self._update(row) for row in MUTABLE}
 
     def budgets(self, names: int) -> str:
         """Return the statement that reads, and locks, this many budgets."""
@@ -68,32 +69,32 @@ class Statements:
 
     def _by_key(self, row: Any) -> str:
         keys = " AND ".join(f"{key} = {self._mark}" for key in _key(row))
-        return f"SELECT {', '.join(row._fields)} FROM {_TABLES[row]} WHERE {keys}"  # noqa: S608
+        return f"SELECT {', '.join(row._fields)} FROM {TABLES[row]} WHERE {keys}"  # noqa: S608
 
     def _insert(self, row: Any) -> str:
         columns, marks = ", ".join(row._fields), ", ".join([self._mark] * len(row._fields))
-        return f"INSERT INTO {_TABLES[row]} ({columns}) VALUES ({marks})"  # noqa: S608
+        return f"INSERT INTO {TABLES[row]} ({columns}) VALUES ({marks})"  # noqa: S608
 
     def _update(self, row: Any) -> str:
         """Return an UPDATE of a row by its key and, for a budget, the ``seq`` before.
 
         It sets nothing else than what may change: a key that is set anew costs an index page.
         """
-        sets = ", ".join(f"{name} = {self._mark}" for name in _MUTABLE[row])
+        sets = ", ".join(f"{name} = {self._mark}" for name in MUTABLE[row])
         last = ["seq"] if row is BudgetRow else []
         where = " AND ".join(f"{name} = {self._mark}" for name in (*_key(row), *last))
-        return f"UPDATE {_TABLES[row]} SET {sets} WHERE {where}"  # noqa: S608
+        return f"UPDATE {TABLES[row]} SET {sets} WHERE {where}"  # noqa: S608
 
 
 def bound(new: Any, before: Any) -> tuple[Any, ...]:
     """Return the values of the UPDATE that puts a row in place of the one before."""
     last = (before.seq,) if isinstance(before, BudgetRow) else ()
     key = new[: _KEY_LENGTHS[type(new)]]
-    return (*(getattr(new, name) for name in _MUTABLE[type(new)]), *key, *last)
+    return (*(getattr(new, name) for name in MUTABLE[type(new)]), *key, *last)
 
 
 def _key(row: Any) -> list[str]:
-    return [column.name for column in METADATA.tables[_TABLES[row]].primary_key]
+    return [column.name for column in METADATA.tables[TABLES[row]].primary_key]
 
 
-_KEY_LENGTHS = {row: len(_key(row)) for row in _TABLES}
+_KEY_LENGTHS = {row: len(_key(row)) for row in TABLES}

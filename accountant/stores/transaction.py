@@ -6,14 +6,17 @@ No SQL: a store shows its rows through :class:`Tables` and takes back what chang
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from accountant.books import Book, Hold, Keyed
 from accountant.budgets import Budget
-from accountant.errors import InvalidRequest, LedgerCorrupt, UnknownBudget
-from accountant.requests import WHOLE_LEDGER, Uses
+from accountant.errors import AccountantError, InvalidRequest, LedgerCorrupt, UnknownBudget
+from accountant.marks import HighWaterMarks
+from accountant.requests import WHOLE_LEDGER, Ask, Request, Uses
 from accountant.stores.rows import (
     BudgetRow,
     CheckpointRow,
@@ -25,9 +28,10 @@ from accountant.stores.rows import (
     pack_lanes,
     unpack_lanes,
 )
-from dp import Event, Price
+from dp import DPError, Event, Price
 from dp.codec import decode, digest, encode
 
+_LOG = logging.getLogger(__name__)
 _CACHED_PRICES = 4096
 
 
@@ -77,8 +81,29 @@ class Remembered:
     """What a process keeps between transactions: the immutable, and what must not go back."""
 
     prices: dict[tuple[str, Event], tuple[bytes, Price]] = field(default_factory=dict)
+    ahead: dict[tuple[str, Event], Price] = field(default_factory=dict)
     budgets: dict[str, tuple[bytes, Budget]] = field(default_factory=dict)
     seen: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    marks: HighWaterMarks | None = None
+
+    def marked(self, names: frozenset[str] | None = None) -> dict[str, tuple[int, bytes]]:
+        """Return what other processes of this machine saw, too: of all budgets if not named.
+
+        To be asked before what is stored is read: marks follow commits.
+        """
+        try:
+            return {} if self.marks is None else self.marks.read(names)
+        except OSError as error:
+            _LOG.warning("the high-water marks cannot be read: %s", error)
+            return {}
+
+    def highest(self) -> dict[str, tuple[int, bytes]]:
+        """Return the highest entry of each budget that this machine saw, or this process."""
+        seen = dict(self.seen)  # at once: the writer goes on meanwhile
+        for name, (seq, head) in self.marked().items():
+            if name not in seen or seen[name][0] < seq:
+                seen[name] = (seq, head)
+        return seen
 
 
 def check_not_back(
@@ -114,6 +139,30 @@ def check_not_back(
         )
 
 
+def price_ahead(store: Any, request: Request) -> None:
+    """Price an event that is new to a budget before its request waits for the lock.
+
+    Args:
+        store: Whose transactions will find the price.
+        request: What is asked; whatever is wrong with it is for the rules to say.
+    """
+    remembered: Remembered = store.remembered
+    if not isinstance(request, Ask):
+        return
+    for name in request.budgets:
+        key = (name, request.event)
+        if key in remembered.prices or key in remembered.ahead:
+            continue
+        with suppress(AccountantError, DPError):
+            if name not in remembered.budgets:
+                with store.snapshot() as snapshot:
+                    record = snapshot.row(name).record
+                remembered.budgets[name] = (record, Budget.from_json(record))
+            if len(remembered.ahead) > _CACHED_PRICES:
+                remembered.ahead.clear()
+            remembered.ahead[key] = remembered.budgets[name][1].filter.price(request.event)
+
+
 class Transaction:
     """The state as the rules see it while a store holds its lock."""
 
@@ -131,11 +180,14 @@ class Transaction:
 
     def _load(self, names: Sequence[str]) -> None:
         self._loaded.update(names)
+        marked = self._remembered.marked(frozenset(names))
         rows = {row.name: row for row in self._tables.read_budgets(names)}
         for name in names:
             row = rows.get(name)
             try:
                 check_not_back(name, row, self._remembered.seen, self._tables.read_digest)
+                if marked.get(name) != self._remembered.seen.get(name):
+                    check_not_back(name, row, marked, self._tables.read_digest)
                 if row is not None:
                     self._books[name] = (self._book(row), row)
             except (LedgerCorrupt, ValueError, TypeError) as error:  # of this budget alone
@@ -146,8 +198,10 @@ class Transaction:
         if known is None or known[0] != row.record:
             known = self._remembered.budgets[row.name] = (row.record, Budget.from_json(row.record))
         totals, pending = unpack_lanes(row.totals), json.loads(row.pending)
+        if len(totals) != len(known[1].filter.limits):
+            raise LedgerCorrupt(f"budget {row.name!r}: its totals are {len(totals)} lanes")
         book = Book(known[1], row.seq, row.head, row.time, totals, pending)
-        book.closed = bool(row.closed)
+        book.closed, book.before = bool(row.closed), totals
         return book
 
     def find_book(self, budget: str) -> Book | None:
@@ -180,9 +234,10 @@ class Transaction:
         Raises:
             LedgerCorrupt: If one that was seen is missing.
         """
+        seen = self._remembered.highest()
         stored = [Budget.from_json(record) for record in self._tables.read_records()]
-        for name in self._remembered.seen.keys() - {budget.name for budget in stored}:
-            check_not_back(name, None, self._remembered.seen, self._tables.read_digest)
+        for name in seen.keys() - {budget.name for budget in stored}:
+            check_not_back(name, None, seen, self._tables.read_digest)
         return stored + [book.budget for book, row in self._books.values() if row is None]
 
     def spent(self, book: Book) -> Uses:
@@ -210,8 +265,9 @@ class Transaction:
         key = (name, digest(encoded))
         if key not in self._priced:
             price = self._stored_price(*key)
+            ahead = self._remembered.ahead.pop((name, event), None)
             if price is None:
-                price = book.budget.filter.price(event)
+                price = book.budget.filter.price(event) if ahead is None else ahead
             else:
                 self._kept[key] = (event, b"", price)
             self._priced[key] = (event, encoded, price)

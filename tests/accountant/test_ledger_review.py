@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 import psycopg
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import make_url, text
 
 from accountant import (
@@ -33,9 +34,12 @@ from accountant import (
     ReservationError,
     UnknownBudget,
 )
+from accountant import writer as writer_module
 from accountant.anchors import read_notes
 from accountant.doctor import examine
+from accountant.ledger import decide
 from accountant.notes import Signer
+from accountant.stores.postgres import role_statements
 from accountant.stores.transaction import Transaction
 from dp import Gaussian, Laplace, PureDP, adaptive, planned, pure
 from epsledger.cli import main
@@ -324,14 +328,12 @@ def test_an_answer_to_what_is_no_budget(books, budget):
 
 
 def test_a_defect_of_one_request_is_not_the_others(books, location, monkeypatch):
-    def broken(self, event):
-        if isinstance(event, Laplace):
-            raise ZeroDivisionError(event)
-        return price(self, event)
+    def broken(tx, request, now):
+        if isinstance(request.event, Laplace):
+            raise ZeroDivisionError(request.event)
+        return decide(tx, request, now)
 
-    filters = type(LIMITS)
-    price = filters.price
-    monkeypatch.setattr(filters, "price", broken)
+    monkeypatch.setattr(writer_module, "decide", broken)
     outcomes = in_one_batch(
         location,
         lambda: books.charge("d", TENTH, **ASK),
@@ -693,9 +695,10 @@ def test_reading_after_a_commit_that_failed(books, monkeypatch):
     assert books.charge("d", TENTH, **ASK).seq == 3
 
 
-def test_a_row_of_another_type_is_its_own_budgets_problem(books, location):
+def test_a_row_of_another_type_is_its_own_budgets_problem(books, location, untrigger):
     books.create_budget("e", LIMITS, unit="article")
     books.close()
+    untrigger(location)
     with closing(sqlite3.connect(location)) as connection:
         connection.execute("UPDATE epsledger_budget SET totals = 7 WHERE name = 'd'")
         connection.commit()
@@ -740,3 +743,356 @@ def test_an_empty_file_stays_empty(tmp_path):
     (tmp_path / "empty.db").touch()
     examine(tmp_path / "empty.db")
     assert not (tmp_path / "empty.db").stat().st_size
+
+
+# --- the third review ----------------------------------------------------------------------------
+
+
+def test_what_another_process_saw_binds_one_that_was_open_before(location, tmp_path):
+    """Two clients of one machine; the ledger goes back after what only the second one saw."""
+    older = tmp_path / "older.db"
+    with Accountant.open(location) as first:
+        first.create_budget("d", LIMITS, unit="article")
+        first.backup(older)
+        with Accountant.open(location) as second:
+            for _ in range(8):
+                second.charge("d", TENTH, **ASK)
+        with closing(sqlite3.connect(older)) as copy, closing(sqlite3.connect(location)) as live:
+            copy.backup(live)
+        assert not first.verify().clean
+        with pytest.raises(LedgerCorrupt, match=r"went back to entry 1, .* after entry 9"):
+            first.charge("d", TENTH, **ASK)
+
+
+def test_what_another_process_saw_binds_in_postgres(new_database):
+    location = new_database()
+    with Accountant.open(location) as first:
+        first.create_budget("d", LIMITS, unit="article")
+        with Accountant.open(location) as second:
+            for _ in range(3):
+                second.charge("d", TENTH, **ASK)
+        with psycopg.connect(plain(location)) as owner:
+            owner.execute("ALTER TABLE epsledger_entry DISABLE TRIGGER USER")
+            owner.execute("ALTER TABLE epsledger_budget DISABLE TRIGGER USER")
+            owner.execute("DELETE FROM epsledger_entry WHERE seq > 1")
+            owner.execute(
+                "UPDATE epsledger_budget SET seq = 1, head = e.digest, totals = %s"
+                " FROM epsledger_entry e",
+                (bytes(16),),
+            )
+        with pytest.raises(LedgerCorrupt, match=r"went back to entry 1, .* after entry 4"):
+            first.charge("d", TENTH, **ASK)
+
+
+def test_who_only_verifies_remembers_too(books, location, tmp_path, monkeypatch):
+    older = tmp_path / "older.db"
+    books.backup(older)
+    books.charge("d", TENTH, **ASK)
+    books.close()
+    monkeypatch.setenv("EPSLEDGER_STATE", str(tmp_path / "auditor"))
+    with Accountant.open(location) as auditor:
+        assert auditor.verify().rollback == "not checked"
+    put_back(older, location)
+    with Accountant.open(location) as auditor:
+        assert not auditor.verify().clean
+
+
+def plain(location: str) -> str:
+    url = make_url(location).set(drivername="postgresql")
+    return url.render_as_string(hide_password=False)
+
+
+def test_reading_before_the_first_write_keeps_the_isolation(new_database):
+    """The pool gives back a connection that was read from at the isolation of its engine."""
+    location = new_database()
+    with psycopg.connect(plain(location), autocommit=True) as admin:
+        database = make_url(location).database
+        admin.execute(
+            f"ALTER DATABASE {database} SET default_transaction_isolation = 'serializable'"
+        )
+    with Accountant.open(location) as accountant:
+        assert accountant.budgets() == []
+        accountant.create_budget("d", LIMITS, unit="article")
+        driver = accountant._store._driver
+        assert driver.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
+        driver.rollback()
+
+
+def test_two_budgets_over_one_dataset_are_found(books, monkeypatch):
+    monkeypatch.setattr(type(books.budget("d")), "covers", lambda *_: False)
+    books.create_budget("e", LIMITS, unit="article", dataset="sha256:1")
+    monkeypatch.undo()
+    problems = [problem for each in books.verify().budgets for problem in each.problems]
+    assert problems == ["entry 1: budget 'd' is about the same dataset"]
+
+
+def test_a_reader_that_loses_its_connection_is_its_own_problem(new_database):
+    with Accountant.open(new_database()) as accountant:
+        accountant.create_budget("d", pure(1e3), unit="article")
+        accountant.charge("d", TENTH, **ASK)
+        store = accountant._store
+        with (
+            pytest.raises(LedgerUnavailable),
+            store.snapshot() as snapshot,
+        ):
+            backend = "SELECT pg_backend_pid()"
+            (pid,) = snapshot._connection.exec_driver_sql(backend).one()
+            store._driver.execute("SELECT pg_terminate_backend(%s)", (pid,))
+            store._driver.commit()
+            before = store._connection
+            snapshot.row("d")
+        assert store._connection is before
+        assert accountant.charge("d", TENTH, **ASK).seq == 3
+
+
+def test_an_event_that_is_long_to_price_holds_nobody_up(books, location):
+    """It is priced before its request waits for the lock."""
+    books.create_budget("e", LIMITS, unit="article")
+    books.charge("d", TENTH, **ASK)
+    slow, started, served = threading.Event(), threading.Event(), []
+
+    class Slow(PureDP):
+        def __hash__(self):
+            return hash(self.epsilon)
+
+    price = type(LIMITS).price
+
+    def waiting(self, event):
+        if isinstance(event, Slow):
+            started.set()
+            assert slow.wait(10)
+            event = PureDP(event.epsilon)
+        return price(self, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(LIMITS), "price", waiting)
+
+        def ask():
+            with suppress(Exception):
+                books.charge("d", Slow(0.1), **ASK)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert started.wait(10)
+        served.append(books.charge("e", TENTH, **ASK))
+        slow.set()
+        thread.join()
+    assert served
+
+
+def test_a_signal_that_closes_the_lease_it_interrupted(books):
+    lease = books.lease("d", PureDP(1e-4), **ASK)
+    submit, said = books._writer.submit, []
+
+    def interrupted(request):
+        with pytest.raises(ReservationError, match="signal handler") as refusal:
+            lease.close()
+        said.append(refusal.value)
+        return submit(request)
+
+    books._writer.submit = interrupted
+    lease.mark()
+    books._writer.submit = submit
+    lease.close()
+    assert said
+    assert books.verify().clean
+
+
+def test_a_key_is_known_in_every_budget_it_was_charged_to(books):
+    books.create_quota("team", LIMITS, of="d")
+    first = books.charge(("d", "team"), TENTH, key="k", **ASK)
+    books.keep_answer("d", "k", b"seven")
+    again = books.charge(("d", "team"), TENTH, key="k", **ASK)
+    assert (again.seq, again.answer) == (first.seq, b"seven")
+    assert [each.digest for each in again.linked] == [each.digest for each in first.linked]
+    for budgets in (("team", "d"), ("d",)):
+        with pytest.raises(KeyReused):
+            books.charge(budgets, TENTH, key="k", **ASK)
+    books.create_budget("e", LIMITS, unit="article")
+    with pytest.raises(KeyReused):
+        books.charge(("e", "d", "team"), TENTH, key="k", **ASK)
+    assert books.verify().clean
+
+
+def test_the_first_commit_of_a_process_warns_too(location, caplog):
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("d", LIMITS, unit="article")
+    with Accountant.open(location) as accountant:
+        accountant.charge("d", PureDP(0.97), **ASK)
+        accountant.create_budget("e", LIMITS, unit="article", imported=[(PureDP(0.6), 1)])
+    assert "budget 'd': 97%" in caplog.text
+    assert "budget 'e': 60%" in caplog.text
+
+
+def test_a_backup_touches_no_other_file(books, tmp_path):
+    users = tmp_path / "copy.db.part"
+    users.write_text("mine")
+    books.backup(tmp_path / "copy.db")
+    assert users.read_text() == "mine"
+    with pytest.raises(LedgerUnavailable, match="never overwrites"):
+        books.backup(tmp_path / "copy.db")
+    ledgers = [path.name for path in tmp_path.iterdir() if "copy" in path.name]
+    assert sorted(ledgers) == ["copy.db", "copy.db.part"]
+
+
+REWRITES = {
+    "budget": (
+        "totals = decode(repeat('00', 16), 'hex')",
+        "head = decode(repeat('00', 32), 'hex')",
+        "record = 'x'",
+        "name = 'other'",
+        "seq = 1",
+        "closed = true",
+    ),
+    "reservation": ("budget = 'other'", "event = 'x'", "charged = 'x'", "uses = 99", "marked = 0"),
+    "key": ("key = 'other'", "seq = 5", "digest = 'x'", "payload = 'x'", "budget = 'other'"),
+    "entry": ("body = 'x'",),
+    "event": ("price = 'x'",),
+    "checkpoint": ("note = 'x'",),
+    "ledger": ("id = 'x'",),
+}
+
+
+@pytest.mark.parametrize("granted", [True, False], ids=["as the role", "as the owner"])
+def test_what_is_written_is_not_rewritten(new_database, granted):
+    location = new_database()
+    role = f'r-"{os.urandom(4).hex()}'
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("d", LIMITS, unit="article")
+        accountant.charge("d", TENTH, key="k", **ASK)
+        accountant.reserve("d", TENTH, uses=2, **ASK).mark()
+        accountant.checkpoint(ALICE)
+    name = role.replace('"', '""')
+    with psycopg.connect(plain(location), autocommit=True) as owner:
+        if granted:
+            owner.execute(f'CREATE ROLE "{name}"')
+            owner.execute(role_statements(role))
+            owner.execute(f'SET ROLE "{name}"')
+        for table, changes in REWRITES.items():
+            for change in changes:
+                with pytest.raises(psycopg.Error, match=r"append-only|permission denied"):
+                    owner.execute(f"UPDATE epsledger_{table} SET {change}")
+            with pytest.raises(psycopg.Error, match=r"append-only|permission denied"):
+                owner.execute(f"DELETE FROM epsledger_{table}")
+        owner.execute("RESET ROLE")
+        if granted:
+            owner.execute(f'DROP OWNED BY "{name}"')
+            owner.execute(f'DROP ROLE "{name}"')
+    with Accountant.open(location) as accountant:
+        assert accountant.verify().clean
+        accountant.charge("d", TENTH, **ASK)
+
+
+def test_a_checkpoint_that_would_spoil_a_place(books, location, tmp_path):
+    place, elsewhere = tmp_path / "anchors", tmp_path / "elsewhere"
+    books.checkpoint(ALICE, to=[place])
+    line = f"key {BOB.verifier_key.to_text()}"
+    with pytest.raises(AnchorInvalid, match=r"the last key is alice\+.*, and not deadbeef"):
+        books.checkpoint(BOB, to=[place], lines=[line, "lost deadbeef"])
+    with pytest.raises(AnchorInvalid, match=r"the last key is alice\+.*; sign with it, or rotate"):
+        books.checkpoint(BOB, to=[place])
+    with Accountant.open(tmp_path / "other.db") as other:
+        other.create_budget("d", LIMITS, unit="article")
+        with pytest.raises(AnchorInvalid, match=f"anchors of ledger {books._store.ledger}"):
+            other.checkpoint(ALICE, to=[place])
+    lost = f"lost {ALICE.verifier_key.hash}"
+    books.checkpoint(BOB, to=[place, elsewhere], lines=[line, lost])
+    books.checkpoint(BOB, to=[place, elsewhere], lines=[line, lost])  # done again
+    books.checkpoint(BOB, to=[place, elsewhere])
+    key, vouched = ALICE.verifier_key, [BOB.verifier_key]
+    assert books.verify([read_notes(place)], key=key, vouched=vouched).clean
+
+
+def test_a_checkpoint_that_was_not_published_is_not_in_the_ledger(books, location, tmp_path):
+    with pytest.raises(AnchorUnavailable):
+        books.checkpoint(ALICE, to=[tmp_path / "no such folder" / "anchors"])
+    (found,) = (each for each in examine(location) if each.what == "anchor")
+    assert not found.ok
+    assert "no checkpoint was ever signed" in found.detail
+
+
+def test_doctor_reads_the_pragmas_back_and_knows_a_network(books, location, monkeypatch):
+    store = books._store
+    assert store.warnings() == []
+    sqlalchemy_event.listen(
+        store.engine, "checkout", lambda driver, *_: driver.execute("PRAGMA synchronous=OFF")
+    )
+    assert store.warnings() == ["SQLite answers synchronous=0 and must answer 2"]
+    monkeypatch.setenv("EPSLEDGER_NETWORK_FILES", "1")
+    monkeypatch.setattr("accountant.doctor.file_system", lambda _: "nfs4")
+    (found,) = (each for each in examine(location) if each.what == "file system")
+    assert not found.ok
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+CORRUPTIONS = (
+    "UPDATE epsledger_budget SET pending = '[]'",
+    f"UPDATE epsledger_budget SET pending = '{DEEP}'",
+    f"UPDATE epsledger_budget SET record = CAST('{DEEP}' AS BLOB)",
+    "UPDATE epsledger_budget SET head = 'text'",
+    "UPDATE epsledger_budget SET name = x'00ff' WHERE name = 'e'",
+    "UPDATE epsledger_entry SET budget = x'00ff' WHERE budget = 'd'",
+    "UPDATE epsledger_entry SET budget = 'stray' WHERE budget = 'e';"
+    "UPDATE epsledger_event SET budget = x'00'",
+    "UPDATE epsledger_checkpoint SET note = x'00ff'",
+    "UPDATE epsledger_checkpoint SET note = 7",
+)
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda text: text[:55])
+def test_no_corruption_ends_in_a_traceback(books, location, untrigger, corruption):
+    books.create_budget("e", LIMITS, unit="article")
+    books.charge("d", TENTH, **ASK)
+    books.checkpoint(ALICE)
+    books.close()
+    untrigger(location)
+    with closing(sqlite3.connect(location)) as connection:
+        connection.executescript(corruption)
+    key = ALICE.verifier_key.to_text()
+    for command, codes in (
+        (("ledger", "verify", "--key", key), (4, 1)),
+        (("ledger", "verify"), (4, 0) if "checkpoint" in corruption else (4,)),
+        (("budget", "list"), (0, 1)),
+        (("budget", "show", "d"), (0, 1)),
+        (("ledger", "log", "d"), (0, 1)),
+        (("doctor",), (0, 1)),
+    ):
+        done = CliRunner().invoke(main, [*command, "--ledger", str(location)])
+        assert isinstance(done.exception, SystemExit | None), (command, done.exception)
+        assert done.exit_code in codes, (command, done.output)
+
+
+def test_recovery_to_the_letter(books, location, tmp_path, monkeypatch):
+    """docs/recovery.md, "went back": the old files away, all three; the copy in; the mark away."""
+    copy, away = tmp_path / "copy.db", tmp_path / "away"
+    books.charge("d", TENTH, **ASK)
+    books.backup(copy)
+    process = subprocess.run(  # a crash leaves a write-ahead log behind
+        [sys.executable, "-c", CRASH, str(location)], check=False, capture_output=True
+    )
+    assert process.returncode == -signal.SIGKILL
+    books.close()
+    run = CliRunner()
+    away.mkdir()
+    for path in location.parent.glob(f"{location.name}*"):
+        path.rename(away / path.name)
+    shutil.copy(copy, location)
+    refused = run.invoke(main, ["ledger", "verify", "--ledger", str(location)])
+    assert refused.exit_code == 4
+    assert "went back" in refused.output
+    books._store.remembered.marks.path.unlink()
+    spent = ["--event", '{"kind": "PureDP", "epsilon": 0.1}', "--uses", "3"]
+    correct = ["budget", "correct", "d", *spent, "--activity", "recovery"]
+    assert run.invoke(main, [*correct, "--ledger", str(location)]).exit_code == 0
+    assert run.invoke(main, ["ledger", "verify", "--ledger", str(location)]).exit_code == 0
+
+
+CRASH = """
+import os, signal, sys
+from accountant import Accountant
+from dp import PureDP
+accountant = Accountant.open(sys.argv[1])
+for _ in range(3):
+    accountant.charge("d", PureDP(0.1), unit="article", activity="survey")
+os.kill(os.getpid(), signal.SIGKILL)
+"""

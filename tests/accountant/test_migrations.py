@@ -43,6 +43,7 @@ def test_a_golden_ledger_is_worth_the_same_to_the_bit(golden, version):
     expected = json.loads((GOLDEN / f"ledger-{version}.json").read_text())
     with Accountant.open(location) as accountant:
         assert accountant.verify().clean
+        assert accountant._store.missing_triggers() == []
         assert accountant.budgets() == sorted(expected)
         with accountant._store.snapshot() as snapshot:
             for name, state in expected.items():

@@ -290,8 +290,8 @@ def test_what_is_used_is_warned_of_and_measured(location, caplog):
                 (point,) = metric.data.data_points
                 found[metric.name] = getattr(point, "value", None) or point.count
     assert found["epsledger.refusals"] == 3
-    assert found["epsledger.charges"] == 12
-    assert 0.98 < found["epsledger.share"] < 1
+    assert found["epsledger.charges"] == 10
+    assert 0 < found["epsledger.remaining"] < 0.02
     assert found["epsledger.commit.duration"] >= 12
     provider.shutdown()
 

@@ -169,7 +169,7 @@ def test_a_clone_of_the_machine_settles_at_most_once(holder, monkeypatch):
     """
     accountant, lease = holder
     clone = object.__new__(type(lease))
-    clone.__dict__.update(lease.__dict__, _lock=threading.Lock())
+    clone.__dict__.update(lease.__dict__, _lock=threading.RLock())
     lease.close()
     with pytest.raises(ReservationError, match="no open reservation"):
         clone.close()

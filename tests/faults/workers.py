@@ -68,7 +68,7 @@ class LazyStore(SqliteStore):
 
 def lazy(location: str) -> Accountant:
     store = LazyStore(ledger_url(location))
-    store.marks = None  # they would give it away when it is opened again
+    store.remembered.marks = None  # they would give it away when it is opened again
     return Accountant(store)
 
 
@@ -313,8 +313,8 @@ def operate(task: dict) -> None:
     if what in ("mark", "settle", "void"):
         held = accountant.adopt(holds, ONE)
     steps.around(store, "_begin", "_execute", "_execute_many", "_commit")
-    if store.marks is not None:
-        steps.around(store.marks, "raise_to")
+    if store.remembered.marks is not None:
+        steps.around(store.remembered.marks, "raise_to")
     done = {
         "charge": lambda: accountant.charge("tips", ONE, **ask),
         "broken-charge": lambda: (steps("released"), accountant.charge("tips", ONE, **ask)),
