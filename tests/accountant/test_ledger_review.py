@@ -1032,8 +1032,7 @@ CORRUPTIONS = (
     "UPDATE epsledger_budget SET head = 'text'",
     "UPDATE epsledger_budget SET name = x'00ff' WHERE name = 'e'",
     "UPDATE epsledger_entry SET budget = x'00ff' WHERE budget = 'd'",
-    "UPDATE epsledger_entry SET budget = 'stray' WHERE budget = 'e';"
-    "UPDATE epsledger_event SET budget = x'00'",
+    "UPDATE epsledger_event SET budget = 'stray'; UPDATE epsledger_reservation SET budget = x'00'",
     "UPDATE epsledger_checkpoint SET note = x'00ff'",
     "UPDATE epsledger_checkpoint SET note = 7",
 )
@@ -1043,6 +1042,7 @@ CORRUPTIONS = (
 def test_no_corruption_ends_in_a_traceback(books, location, untrigger, corruption):
     books.create_budget("e", LIMITS, unit="article")
     books.charge("d", TENTH, **ASK)
+    books.reserve("d", TENTH, uses=2, **ASK)
     books.checkpoint(ALICE)
     books.close()
     untrigger(location)
