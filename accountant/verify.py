@@ -348,7 +348,7 @@ def _mismatches(
     if len(known) < len(spent) or budget.filter.sums(known, totals) != totals:
         yield "the stored totals are not what the database adds up"
     for key in snapshot.keys(name):
-        if replayed.spends.get(key.seq) != key.digest:
+        if replayed.spends.pop(key.seq, None) != key.digest:
             yield f"key {key.key!r} refers to entry {key.seq}, which is not its charge"
     pending = json.loads(row.pending)
     if any(len(tally) != 3 or min(tally) < 0 for tally in pending.values()):

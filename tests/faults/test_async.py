@@ -9,13 +9,16 @@ import asyncio
 import random
 import sys
 import threading
+import types
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from accountant import Accountant, BudgetExceeded
 from accountant.entries import Kind
-from dp import PureDP, pure
+from accountant.requests import Charge
+from dp import NeighboringRelation, PureDP, pure
 
 ONE, ASK = PureDP(1.0), {"unit": "article", "activity": "survey"}
 
@@ -86,6 +89,115 @@ def test_the_control_leaks_reservations(location, monkeypatch):
         leaked = leaks(accountant)
     print(f"control, no void after a cancellation: {len(leaked)} leaked of 2000 tasks")
     assert leaked
+
+
+@contextmanager
+def gate(accountant: Accountant, method: str):
+    """Hold the writer before its lock or before its commit; yield (reached, open) events."""
+    reached, opened, store = threading.Event(), threading.Event(), accountant._store
+    inner = getattr(store, method)
+
+    def held(*args):
+        reached.set()
+        assert opened.wait(10)
+        return inner(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, method, held)
+        yield reached, opened
+        opened.set()
+
+
+@types.coroutine
+def watched(coroutine, awaits: list, at: int, strike):
+    """Run a coroutine; at its await of this number let ``strike`` happen in the event loop."""
+    step, value = coroutine.send, None
+    while True:
+        try:
+            waited = step(value)
+        except StopIteration as end:
+            return end.value
+        awaits.append(waited)
+        if len(awaits) == at:
+            asyncio.get_running_loop().call_soon(strike, asyncio.current_task())
+        try:
+            step, value = coroutine.send, (yield waited)
+        except BaseException as error:  # noqa: BLE001
+            step, value = coroutine.throw, error
+
+
+OPERATIONS = {
+    "charge": lambda accountant: accountant.acharge("tips", ONE, **ASK),
+    "several": lambda accountant: accountant.acharge(("tips", "team"), ONE, **ASK),
+    "reserve": lambda accountant: accountant.areserve("tips", ONE, uses=2, **ASK),
+}
+
+
+def struck(accountant: Accountant, name: str, phase: str) -> tuple[list, list]:
+    """Cancel an operation at its await; return that, and its outcome if it has one."""
+    awaits, told = [], []
+    with gate(accountant, "_begin" if phase == "queued" else "_commit") as (reached, opened):
+        if phase == "queued":
+            accountant._writer.enqueue(quiet())
+            assert reached.wait(10)
+
+        def strike(task) -> None:
+            assert reached.wait(10)
+            if phase == "done":
+                opened.set()
+                accountant._writer.enqueue(quiet()).result(10)
+            task.cancel()
+            if phase != "queued":
+                opened.set()
+
+        async def run() -> None:
+            told.append(await watched(OPERATIONS[name](accountant), awaits, 1, strike))
+
+        with suppress(asyncio.CancelledError):
+            asyncio.run(run())
+    return awaits, told
+
+
+@pytest.mark.parametrize("phase", ["queued", "carried out", "done"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_cancelled_at_its_await(location, name, phase):
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("tips", pure(50.5), unit="article")
+        accountant.create_quota("team", pure(50.5), of="tips")
+        accountant.create_budget("quiet", pure(90.0), unit="article")
+        awaits, told = struck(accountant, name, phase)
+        assert len(awaits) == 1  # there is no other
+        assert told == []
+        assert leaks(accountant) == []
+        kinds = [line.entry.kind for line in accountant.statement("tips").lines]
+        charged, voided = kinds.count(Kind.CHARGE), kinds.count(Kind.VOID)
+        assert voided == kinds.count(Kind.RESERVE)
+        assert accountant.uses_that_fit("tips", ONE) == 50 - charged
+        assert accountant.verify().clean
+    print(f"{name}, cancelled when {phase}: {charged} charged, {voided} voided")
+    begun = int(phase != "queued")
+    assert (charged, voided) == ((0, begun) if name == "reserve" else (begun, 0))
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_cancelled_at_every_await_for_the_answer_of_a_key(location, at):
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("tips", pure(50.5), unit="article")
+        accountant.charge("tips", ONE, key="k", **ASK)
+        awaits = []
+
+        async def run() -> None:
+            again = accountant.acharge("tips", ONE, key="k", **ASK)
+            await watched(again, awaits, at, lambda task: task.cancel())
+
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run())
+        assert len(awaits) == at
+        assert accountant.uses_that_fit("tips", ONE) == 49
+
+
+def quiet() -> Charge:
+    return Charge(("quiet",), ONE, 1, "article", NeighboringRelation.ADD_REMOVE, "survey")
 
 
 def forgetting(add):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from accountant import Accountant
+from accountant import Accountant, LedgerError
 from accountant.entries import Kind, unpack
 from accountant.stores import ledger_url
 from accountant.stores.migrations import migrate
@@ -166,7 +166,7 @@ def test_the_control_is_seen_to_release_without_a_charge(
         every_step(workers, lines_of, wait, tmp_path, sqlite_place, "broken-charge", 1)
 
 
-def migrations(workers, lines_of, wait, folder, times: int) -> int:
+def migrations(workers, lines_of, wait, folder, times: int, operation: str = "migrate") -> int:
     """Kill a migration at each step; return how many there are."""
 
     def old(name):
@@ -175,12 +175,12 @@ def migrations(workers, lines_of, wait, folder, times: int) -> int:
             connection.executescript(GOLDEN.read_text())
         return location
 
-    lines = operated(workers, lines_of, wait, folder, old("dry.db"), "migrate", 0)
+    lines = operated(workers, lines_of, wait, folder, old("dry.db"), operation, 0)
     steps = sum(line.startswith("step") for line in lines)
     expected = state(folder / "dry.db")
     for number, step in enumerate(s for s in range(1, steps + 1) for _ in range(times)):
         location = old(f"{number}.db")
-        lines = operated(workers, lines_of, wait, folder, location, "migrate", step)
+        lines = operated(workers, lines_of, wait, folder, location, operation, step)
         assert sum(line.startswith("step") for line in lines) == step
         migrate(ledger_url(location))
         assert state(location) == expected
@@ -193,3 +193,9 @@ def test_a_migration_is_whole_or_can_be_done_again(workers, lines_of, wait, tmp_
     steps = migrations(workers, lines_of, wait, tmp_path, times)
     report("migrate", steps, times)
     assert steps > 20
+
+
+def test_the_control_is_left_half_migrated(workers, lines_of, wait, tmp_path):
+    with pytest.raises((LedgerError, AssertionError)) as caught:
+        migrations(workers, lines_of, wait, tmp_path, 1, "broken-migrate")
+    print(f"control, a migration without a transaction: {caught.value}"[:150])
