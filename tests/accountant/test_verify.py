@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sqlite3
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import pytest
 
 from accountant import Accountant, Budget, BudgetExceeded, LedgerCorrupt, Verification
 from accountant.entries import GENESIS, NO_EVENT, Entry, Kind, chain, pack
-from dp import Gaussian, Laplace, PoissonSampled, PureDP, adaptive, pure
+from accountant.ledger import decide
+from accountant.requests import Charge
+from dp import Gaussian, Laplace, NeighboringRelation, PoissonSampled, PureDP, adaptive, pure
 from dp.codec import digest, encode
 
 STEP = PoissonSampled(0.01, Gaussian(1.0))
@@ -471,3 +474,20 @@ def test_a_statement_of_a_broken_ledger_is_an_error_of_ours(ledger, tmp_path, qu
     query(copy, statement)
     with Accountant.open(copy) as accountant, pytest.raises(LedgerCorrupt):
         accountant.statement("news")
+
+
+def test_memory_is_flat_in_entries(tmp_path):
+    peaks = []
+    for entries in (10_000, 40_000):
+        with Accountant.open(tmp_path / f"{entries}.db") as accountant:
+            accountant.create_budget("tips", pure(1e6), unit="article")
+            ask = Charge(("tips",), PureDP(1.0), 1, "article", NeighboringRelation.ADD_REMOVE, "x")
+            with accountant._store.transaction(ask.names) as tx:
+                for number in range(entries):
+                    decide(tx, ask, number)
+            tracemalloc.start()
+            assert accountant.verify().clean
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    print(f"verify: at most {peaks[0]:,} bytes for 10,000 entries, {peaks[1]:,} for 40,000")
+    assert peaks[1] < 1.3 * peaks[0]

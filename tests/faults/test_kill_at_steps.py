@@ -149,14 +149,14 @@ def test_whole_or_not_at_all_at_length(
 
 
 @pytest.mark.parametrize(
-    "operation",
-    ["quota", *(pytest.param(each, marks=pytest.mark.long) for each in OPERATIONS)],
+    ("operation", "times"),
+    [("quota", 1), *(pytest.param(each, 3, marks=pytest.mark.long) for each in OPERATIONS)],
 )
 def test_whole_or_not_at_all_in_postgres(
-    workers, lines_of, wait, tmp_path, new_database, operation
+    workers, lines_of, wait, tmp_path, new_database, operation, times
 ):
-    steps = every_step(workers, lines_of, wait, tmp_path, new_database, operation, 1)
-    report(f"PostgreSQL, {operation}", steps, 1)
+    steps = every_step(workers, lines_of, wait, tmp_path, new_database, operation, times)
+    report(f"PostgreSQL, {operation}", steps, times)
 
 
 def test_the_control_is_seen_to_release_without_a_charge(
