@@ -50,6 +50,11 @@ class Reader:
         """
         return cls(open_store(location, create=create))
 
+    @property
+    def ledger(self) -> str:
+        """Identity of the ledger, 32 hexadecimal digits."""
+        return self._store.ledger
+
     def budgets(self) -> list[str]:
         """Return the names of all budgets, sorted."""
         with self._store.snapshot() as snapshot:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import (
+    CheckpointInvalid,
     FinetuneError,
     NotPoissonSampled,
     PlanChanged,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from finetune.opacus import TrainingRun, training_run
 
 __all__ = [
+    "CheckpointInvalid",
     "FinetuneError",
     "NotPoissonSampled",
     "PlanChanged",

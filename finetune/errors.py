@@ -7,10 +7,13 @@
     ├── UnmarkedStep        an update that no durable mark paid for
     ├── SkippedStep         a batch that was paid for and then dropped
     ├── UnitsMixed          gradients that are not one for each row of the batch
-    └── PlanChanged         noise, clipping or normaliser are not those of the plan
+    ├── PlanChanged         noise, clipping or normaliser are not those of the plan
+    └── CheckpointInvalid   a file that no run can be resumed from, or saved to
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from dp.errors import FactualError
 
@@ -50,3 +53,16 @@ class PlanChanged(FinetuneError, ValueError):
             " start a new run with a new plan"
         )
         self.name, self.planned, self.actual = name, planned, actual
+
+
+class CheckpointInvalid(FinetuneError, ValueError):
+    """A run cannot be resumed from a file, or saved to it.
+
+    Attributes:
+        path: The file.
+        reason: Why.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path}: {reason}")
+        self.path, self.reason = path, reason

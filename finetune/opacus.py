@@ -1,4 +1,4 @@
-"""DP-SGD through Opacus, with every step in the ledger. The only importer of torch and opacus.
+"""DP-SGD through Opacus, with every step in the ledger. The only importer of opacus.
 
 ::
 
@@ -38,6 +38,8 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from accountant import Accountant, Reservation
+from finetune.checkpoints import Checkpoint
 from finetune.errors import (
+    CheckpointInvalid,
     FinetuneError,
     NotPoissonSampled,
     PlanChanged,
@@ -69,10 +73,11 @@ def training_run(
     *,
     unit: str,
     activity: str = "training",
+    checkpoint: str | Path | None = None,
 ) -> Iterator[TrainingRun]:
     """Reserve a planned run for the length of a ``with`` block; settle what was not run.
 
-    If the block raises, nothing is returned: the whole plan stays spent.
+    If the block raises, nothing is returned: the whole plan stays spent, unless it is resumed.
 
     Args:
         accountant: Of the ledger.
@@ -80,12 +85,39 @@ def training_run(
         plan: What will be run.
         unit: The privacy unit that one row of the dataset is; it must be the budget's.
         activity: What the ledger calls it.
+        checkpoint: A file for :meth:`TrainingRun.save`. If it exists, the run in it is resumed:
+            its reservation is adopted with the steps that are left by the ledger, whatever the
+            file's age, and whoever held it before is shut out.
 
     Raises:
         BudgetExceeded: If the plan does not fit; ``remaining`` is the number of steps that would.
-        AccountantError: As for ``Accountant.reserve``.
+        AccountantError: As for ``Accountant.reserve`` or, for a run that ended, ``adopt``.
+        CheckpointInvalid: If the file is no checkpoint, or of another ledger or budget.
+        PlanChanged: If the run in the file was priced for another plan.
     """
-    reservation = accountant.reserve(
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        saved = Checkpoint.read(path)
+        saved.check_plan(plan)
+        if saved.ledger != accountant.ledger or saved.holds[0][0] != budget:
+            raise CheckpointInvalid(
+                path, f"it is of budget {saved.holds[0][0]!r} in ledger {saved.ledger}"
+            )
+        reservation = accountant.adopt(saved.holds, plan.event)
+    else:
+        saved, reservation = None, _reserved(accountant, budget, plan, unit, activity)
+    with reservation:
+        run = TrainingRun(plan, reservation, accountant.ledger, path, saved)
+        try:
+            yield run
+        finally:
+            run.stop()
+
+
+def _reserved(
+    accountant: Accountant, budget: str, plan: TrainingPlan, unit: str, activity: str
+) -> Reservation:
+    return accountant.reserve(
         budget,
         plan.event,
         uses=plan.steps,
@@ -94,12 +126,6 @@ def training_run(
         note=f"DP-SGD: expected_batch_size={plan.expected_batch_size}"
         f" max_grad_norm={plan.max_grad_norm}",
     )
-    with reservation:
-        run = TrainingRun(plan, reservation)
-        try:
-            yield run
-        finally:
-            run.stop()
 
 
 class TrainingRun:
@@ -110,8 +136,16 @@ class TrainingRun:
         reservation: The steps that the ledger holds for it.
     """
 
-    def __init__(self, plan: TrainingPlan, reservation: Reservation) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        reservation: Reservation,
+        ledger: str,
+        path: Path | None = None,
+        saved: Checkpoint | None = None,
+    ) -> None:
         self.plan, self.reservation = plan, reservation
+        self._path, self._saved = path, saved or Checkpoint(ledger, reservation.holds, plan)
         self._paid = self._noised = False
         self._rows = 0
         self._loader: DataLoader[Any] | None = None
@@ -181,6 +215,11 @@ class TrainingRun:
                 for each in parameters
             ),
         ]
+        if self._saved.model is not None:
+            model.load_state_dict(self._saved.model)
+            optimizer.load_state_dict(self._saved.optimizer or {})
+        elif self._path is not None:
+            self._saved.write(self._path)  # so that a crash before the first save is not the end
         return self._model, self._optimizer, self._loader
 
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -213,6 +252,21 @@ class TrainingRun:
                 rows = iter(loader)
                 self._rows, batch = next(rows)
             yield batch
+
+    def save(self) -> None:
+        """Write weights and optimizer state to the run's checkpoint, between two steps.
+
+        Raises:
+            CheckpointInvalid: If the run has no checkpoint, or it cannot be written.
+        """
+        if self._path is None or self._optimizer is None:
+            raise CheckpointInvalid(
+                self._path or Path(), "name one in training_run, and save after make_private"
+            )
+        model = {
+            name.removeprefix("_module."): part for name, part in self._model.state_dict().items()
+        }
+        replace(self._saved, model=model, optimizer=self._optimizer.state_dict()).write(self._path)
 
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and the per-sample hooks."""

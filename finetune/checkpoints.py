@@ -1,0 +1,99 @@
+"""Checkpoints of a run: weights, optimizer state, and which reservation goes on paying.
+
+A checkpoint never says what was spent: the ledger does. Steps that run a second time, because the
+process died after the last save or an older file was put back, are paid a second time.
+
+Only weights and optimizer state are kept, which are outputs of DP-SGD; no batch, no gradient and
+no state of a random generator: a generator that went back would draw the same noise again, and
+the difference of the two releases would have none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.errors import CheckpointInvalid, PlanChanged
+from finetune.plan import TrainingPlan
+
+_FORMAT = 1
+_FIELDS = ("format", "ledger", "holds", "plan", "model", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a later process needs to go on with a run.
+
+    Attributes:
+        ledger: Identity of the ledger.
+        holds: The run's reservation, as ``Accountant.adopt`` takes it.
+        plan: What was priced.
+        model: State of the model; None before the first save.
+        optimizer: State of the optimizer, likewise.
+    """
+
+    ledger: str
+    holds: tuple[tuple[str, int], ...]
+    plan: TrainingPlan
+    model: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+
+    def write(self, path: Path) -> None:
+        """Put the checkpoint in place of the one before, whole or not at all.
+
+        Raises:
+            CheckpointInvalid: If it cannot be written; the one before is still there.
+        """
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        content = {
+            "format": _FORMAT,
+            "ledger": self.ledger,
+            "holds": [list(hold) for hold in self.holds],
+            "plan": asdict(self.plan),
+            "model": self.model,
+            "optimizer": self.optimizer,
+        }
+        try:
+            with part.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise CheckpointInvalid(path, f"it cannot be written: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Return the checkpoint in a file; no code in it is run.
+
+        Raises:
+            CheckpointInvalid: If the file cannot be read, or is none.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's unpickler raises anything on foreign bytes
+            raise CheckpointInvalid(path, f"it cannot be read: {error}") from error
+        if not isinstance(content, dict) or not set(_FIELDS) <= content.keys():
+            raise CheckpointInvalid(path, "it is not a checkpoint of a guarded run")
+        if content["format"] != _FORMAT:
+            raise CheckpointInvalid(path, f"its format is {content['format']!r}, not {_FORMAT}")
+        return cls(
+            content["ledger"],
+            tuple((budget, seq) for budget, seq in content["holds"]),
+            TrainingPlan(**content["plan"]),
+            content["model"],
+            content["optimizer"],
+        )
+
+    def check_plan(self, plan: TrainingPlan) -> None:
+        """Raise PlanChanged unless the run was priced for this plan."""
+        saved, asked = asdict(self.plan), asdict(plan)
+        for name, value in saved.items():
+            if asked[name] != value:
+                raise PlanChanged(name, value, asked[name])
