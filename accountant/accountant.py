@@ -420,8 +420,8 @@ class Accountant(Reader):
 
     def close(self) -> None:
         """Finish what is queued and close the ledger."""
-        self._writer.close()
-        super().close()
+        if self._writer.close():
+            super().close()
 
 
 def _names(budget: Budgets) -> tuple[str, ...]:

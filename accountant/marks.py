@@ -18,12 +18,14 @@ import logging
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 _LOG = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 1.0
 _SLOT = struct.Struct("<64sQ32s8s")
 Heads = Mapping[str, tuple[int, bytes]]
 """By budget: position and digest of an entry."""
@@ -37,6 +39,7 @@ class HighWaterMarks:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._slots: dict[str, int] = {}
+        self._content: dict[bytes, tuple[str, int, bytes]] = {}
         self._door = threading.Lock()
 
     @classmethod
@@ -65,22 +68,24 @@ class HighWaterMarks:
         Args:
             names: Of the budgets in question; of all if None.
         """
-        if names is None or not names <= self._slots.keys():
-            with self._locked():
-                found = self._read()
-            return found if names is None else {n: found[n] for n in names if n in found}
-        found = {}
-        for name in names:
-            stored = self._stored(name)
-            if stored is not None and stored[1]:
-                found[name] = stored[1:]
-        return found
+        if self._file < 0:
+            return {}
+        if names is not None:
+            found = {name: self._stored(name) for name in names}
+            if None not in found.values():
+                return {name: mark for name, mark in found.items() if mark and mark[0]}
+        everything = self._read()
+        return {n: m for n, m in everything.items() if names is None or n in names}
 
     def raise_to(self, heads: Heads) -> None:
         """Remember these heads where they are higher than what is remembered."""
         try:
             for name, (seq, head) in heads.items():
-                self._raise(name, seq, head)
+                stored = self._stored(name)
+                if stored is None:
+                    self._add(name, seq, head)
+                elif stored[0] < seq:
+                    os.pwrite(self._file, _packed(name, seq, head), self._slots[name] * _SLOT.size)
         except OSError as error:
             _LOG.warning("%s: the high-water mark was not written: %s", self.path, error)
 
@@ -90,39 +95,56 @@ class HighWaterMarks:
             os.close(self._file)
             self._file = -1
 
-    def _raise(self, name: str, seq: int, head: bytes) -> None:
+    def _stored(self, name: str) -> tuple[int, bytes] | None:
+        """Return the mark in a budget's slot, or None if it has none, or it is another's now."""
         slot = self._slots.get(name)
         if slot is None:
-            with self._locked():
-                self._read()
-                slot = self._slots.get(name)
-                if slot is None:
-                    slot = self._slots[name] = -(-os.fstat(self._file).st_size // _SLOT.size)
-                    os.pwrite(self._file, _packed(name, 0, bytes(32)), slot * _SLOT.size)
-        stored = self._stored(name)
-        if stored is None or stored[1] < seq:
-            os.pwrite(self._file, _packed(name, seq, head), slot * _SLOT.size)
+            return None
+        stored = _unpacked(os.pread(self._file, _SLOT.size, slot * _SLOT.size))
+        return None if stored is None or stored[0] != name else stored[1:]
 
-    def _stored(self, name: str) -> tuple[str, int, bytes] | None:
-        return _unpacked(os.pread(self._file, _SLOT.size, self._slots[name] * _SLOT.size))
+    def _add(self, name: str, seq: int, head: bytes) -> None:
+        """Give a budget a slot at the end, unless another process just did."""
+        with self._locked():
+            if self._read().get(name, (0, b""))[0] >= seq:
+                return
+            slot = self._slots.get(name)
+            if slot is None:
+                slot = -(-os.fstat(self._file).st_size // _SLOT.size)
+            os.pwrite(self._file, _packed(name, seq, head), slot * _SLOT.size)
+            self._slots[name] = slot
 
     def _read(self) -> dict[str, tuple[int, bytes]]:
-        found, content = {}, os.pread(self._file, os.fstat(self._file).st_size, 0)
+        """Return all marks; slots that are as they were are not parsed again."""
+        before, found, slots = self._content, {}, {}
+        content = os.pread(self._file, os.fstat(self._file).st_size, 0)
         for at in range(0, len(content), _SLOT.size):
-            stored = _unpacked(content[at : at + _SLOT.size])
+            slot = content[at : at + _SLOT.size]
+            stored = before[slot] if slot in before else _unpacked(slot)
             if stored is None:
                 _LOG.warning("%s: a mark at byte %d is unreadable and ignored", self.path, at)
                 continue
             name, seq, head = stored
-            self._slots[name] = at // _SLOT.size
-            if seq:
-                found[name] = (seq, head)
+            slots[name], found[name] = at // _SLOT.size, (seq, head)
+            self._content[slot] = stored
+        self._slots = slots
+        if len(self._content) > 2 * len(slots) + 1000:
+            self._content = {}
         return found
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Keep other threads and processes from adding a slot; raise OSError if they do not end."""
         with self._door:  # a lock on a file is its process's, not a thread's
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            patience = time.monotonic() + _PATIENCE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > patience:
+                        raise
+                    time.sleep(0.001)
             try:
                 yield
             finally:

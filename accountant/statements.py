@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import sub
 
@@ -99,9 +100,7 @@ def read_statement(snapshot: Snapshot, name: str) -> Statement:
         entries = [unpack(body) for _, body, _ in snapshot.entries(name)]
         pending = json.loads(row.pending)
         statement = _fold(budget, row.head.hex(), entries, events, prices, pending)
-        records = map(Budget.from_json, snapshot.records() if statement.closed else ())
-        successors = (other.name for other in records if other.supersedes == name)
-        return replace(statement, superseded_by=next(successors, None))
+        return replace(statement, superseded_by=_successor(snapshot, name))
     except (
         MalformedEvent,
         LookupError,
@@ -111,6 +110,15 @@ def read_statement(snapshot: Snapshot, name: str) -> Statement:
         RecursionError,
     ) as error:
         raise LedgerCorrupt(f"budget {name!r} cannot be read; verify it: {error!r}") from error
+
+
+def _successor(snapshot: Snapshot, name: str) -> str | None:
+    for record in snapshot.records():
+        with suppress(LedgerCorrupt):  # of another budget, whose statement says so
+            other = Budget.from_json(record)
+            if other.supersedes == name:
+                return other.name
+    return None
 
 
 def _fold(

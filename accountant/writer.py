@@ -70,6 +70,8 @@ class Writer:
         """
         # A caller waits on this and not on the future: an interrupt can leave a future's own
         # lock taken, and the thread would wait for it for ever.
+        if not self._closed:
+            price_ahead(self._store.remembered, request)
         ready = threading.Lock()
         ready.acquire()
         done = self.enqueue(request, lambda _: ready.release())
@@ -87,7 +89,6 @@ class Writer:
     ) -> Future[Outcome]:
         """Queue one request; its future is done, and ``then`` called, when its entry is durable."""
         self._store.check_process()
-        price_ahead(self._store, request)
         done: Future[Outcome] = Future()
         if then is not None:
             done.add_done_callback(then)
@@ -98,10 +99,10 @@ class Writer:
             self._jobs.put(job)
         return done
 
-    def close(self) -> None:
-        """Finish what is queued and stop the thread; wait no longer than a caller would."""
+    def close(self) -> bool:
+        """Finish what is queued and stop the thread; return False if it does not end."""
         if not self._thread.is_alive():
-            return
+            return True
         with self._door:
             if not self._closed:
                 self._closed = True
@@ -109,6 +110,8 @@ class Writer:
         self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
             _LOG.warning("the ledger did not answer in %.0f s; it is left open", PATIENCE_SECONDS)
+            return False
+        return True
 
     def _run(self) -> None:
         try:

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import (
     CheckpointInvalid,
     FinetuneError,
+    NoGradient,
+    NotFinite,
     NotPoissonSampled,
     PlanChanged,
     SkippedStep,
     UnitsMixed,
     UnmarkedStep,
+    UnsupportedModel,
+    WeightsChanged,
 )
 from finetune.plan import TrainingPlan
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointInvalid",
     "FinetuneError",
+    "NoGradient",
+    "NotFinite",
     "NotPoissonSampled",
     "PlanChanged",
     "SkippedStep",
@@ -33,6 +39,8 @@ __all__ = [
     "TrainingRun",
     "UnitsMixed",
     "UnmarkedStep",
+    "UnsupportedModel",
+    "WeightsChanged",
     "training_run",
 ]
 

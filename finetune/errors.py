@@ -7,6 +7,10 @@
     ├── UnmarkedStep        an update that no durable mark paid for
     ├── SkippedStep         a batch that was paid for and then dropped
     ├── UnitsMixed          gradients that are not one for each row of the batch
+    ├── NoGradient          a trainable parameter that the loss does not reach
+    ├── NotFinite           a row without a finite gradient, where it cannot be left out
+    ├── WeightsChanged      weights that something else than the guarded optimizer changed
+    ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
     ├── PlanChanged         noise, clipping or normaliser are not those of the plan
     └── CheckpointInvalid   a file that no run can be resumed from, or saved to
 """
@@ -36,6 +40,22 @@ class SkippedStep(FinetuneError, RuntimeError):
 
 class UnitsMixed(FinetuneError, ValueError):
     """A layer saw another number of samples than the batch has rows; nothing was updated."""
+
+
+class NoGradient(FinetuneError, ValueError):
+    """A trainable parameter got no gradient; nothing was updated."""
+
+
+class NotFinite(FinetuneError, ValueError):
+    """A row has no finite gradient, and ghost clipping cannot leave it out; nothing was updated."""
+
+
+class WeightsChanged(FinetuneError, RuntimeError):
+    """Weights were changed between two steps by something that is not accounted for."""
+
+
+class UnsupportedModel(FinetuneError, ValueError):
+    """The model cannot be trained with DP-SGD in the mode that was asked for."""
 
 
 class PlanChanged(FinetuneError, ValueError):

@@ -34,34 +34,34 @@ Not covered:
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchSplittingSampler
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from accountant import Accountant, Reservation
+from dp import validate
+from finetune.batches import Counted, PoissonSampler
 from finetune.checkpoints import Checkpoint
 from finetune.errors import (
     CheckpointInvalid,
-    FinetuneError,
     NotPoissonSampled,
-    PlanChanged,
     SkippedStep,
-    UnitsMixed,
-    UnmarkedStep,
+    UnsupportedModel,
 )
+from finetune.optimizers import GhostOptimizer, Guarded, HooksOptimizer, Turn
 from finetune.plan import TrainingPlan
 
 
@@ -146,15 +146,20 @@ class TrainingRun:
     ) -> None:
         self.plan, self.reservation = plan, reservation
         self._path, self._saved = path, saved or Checkpoint(ledger, reservation.holds, plan)
-        self._paid = self._noised = False
-        self._rows = 0
+        self._turn = Turn()
         self._loader: DataLoader[Any] | None = None
+        self._sampler: PoissonSampler | None = None
         self._model: Any = None
-        self._optimizer: Any = None
+        self._optimizer: Guarded | None = None
         self._hooks: list[Any] = []
 
     def make_private(
-        self, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        mode: Literal["hooks", "ghost"] = "hooks",
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """Return model, optimizer and loader for DP-SGD as planned.
 
@@ -164,13 +169,15 @@ class TrainingRun:
             optimizer: Any first-order optimizer over parameters of the model.
             loader: Gives dataset, collation and workers; its batching is replaced by Poisson
                 sampling. One row of its dataset is one privacy unit.
+            mode: ``hooks`` keeps a gradient for each row; ``ghost`` needs memory for one batch of
+                activations and two backward passes, and a loss from :meth:`criterion`.
 
         Raises:
             NotPoissonSampled: If the dataset cannot be Poisson-sampled, or the loader has a
                 sampler with a meaning of its own.
             TypeError: If the optimizer is Opacus's already, or empty batches cannot be made.
-            opacus.validators.errors.UnsupportedModuleError: If a layer, such as batch norm,
-                cannot be used with DP-SGD.
+            UnsupportedModel: If the model cannot be trained in this mode, or not at all.
+            CheckpointInvalid: If the run's checkpoint cannot be written.
         """
         if isinstance(loader.dataset, IterableDataset):
             raise NotPoissonSampled(
@@ -183,75 +190,90 @@ class TrainingRun:
             )
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")
-        ModuleValidator.validate(model, strict=True)
+        _check_model(model, mode)
         rows = loader.dataset
+        self._sampler = PoissonSampler(
+            len(rows),  # type: ignore[arg-type]
+            self.plan.sampling_probability,
+            self.plan.steps,
+        )
         self._loader = DataLoader(
             rows,
-            batch_sampler=PoissonSampler(
-                len(rows),  # type: ignore[arg-type]
-                self.plan.sampling_probability,
-                self.plan.steps,
-            ),
-            collate_fn=_Counted(loader.collate_fn, rows[0]),
+            batch_sampler=self._sampler,
+            collate_fn=Counted(loader.collate_fn, rows[0]),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
         )
-        self._model = GradSampleModule(model, loss_reduction="mean")
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = _Optimizer(
-            optimizer,
-            noise_multiplier=self.plan.noise_multiplier,
-            max_grad_norm=self.plan.max_grad_norm,
-            expected_batch_size=self.plan.expected_batch_size,
-            loss_reduction="mean",
-            generator=secret_generator(parameters[0].device),
-        )
-        self._optimizer.attach_step_hook(self._check_step)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if mode == "ghost":
+            self._model = GradSampleModuleFastGradientClipping(
+                model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
+            )
+            guarded: type[Guarded] = GhostOptimizer
+        else:
+            self._model, guarded = GradSampleModule(model, loss_reduction="mean"), HooksOptimizer
         self._hooks = [
-            optimizer.register_step_pre_hook(self._check_update),
-            *(
-                each.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-                for each in parameters
-            ),
+            each.register_post_accumulate_grad_hook(self._drop_gradient)  # type: ignore[no-untyped-call]
+            for each in model.parameters()
+            if each.requires_grad
         ]
         if self._saved.model is not None:
             model.load_state_dict(self._saved.model)
             optimizer.load_state_dict(self._saved.optimizer or {})
         elif self._path is not None:
             self._saved.write(self._path)  # so that a crash before the first save is not the end
+        self._optimizer = guarded(optimizer, plan=self.plan, turn=self._turn, names=names)
         return self._model, self._optimizer, self._loader
 
-    def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Yield batches until the plan's steps are taken; each is marked durably before.
+    def criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Any]:
+        """Return a loss function for the run's mode; the same one, unless that is ``ghost``.
 
         Args:
-            loader: The one that :meth:`make_private` returned.
+            criterion: A loss of :mod:`torch.nn` with ``reduction="mean"``, or a function of that
+                form with an attribute ``reduction`` that is obeyed. Of language models, flatten
+                logits and labels and pass ``shape=logits.shape`` as well: the mean is then taken
+                within each row.
+        """
+        if not isinstance(self._optimizer, GhostOptimizer):
+            return criterion
+        loss: Callable[..., Any] = DPLossFastGradientClipping(
+            self._model, self._optimizer, criterion, "mean"
+        )
+        return loss
+
+    def batches(self, loader: DataLoader[Any], *, physical: int | None = None) -> Iterator[Any]:
+        """Yield batches until the plan's steps are taken; each step is marked durably before.
+
+        Args:
+            loader: The one that :meth:`make_private` returned, or that Opacus's
+                ``BatchMemoryManager`` made of it.
+            physical: Most rows of a batch. A larger sample comes in parts; take
+                ``optimizer.step()`` and ``zero_grad()`` for each, weights change after the last.
 
         Raises:
             NotPoissonSampled: If it is another loader.
-            SkippedStep: If the last batch got no optimizer step.
+            SkippedStep: If a batch got no optimizer step.
         """
-        if loader is not self._loader:
-            raise NotPoissonSampled(
-                "these batches are not the Poisson samples that were priced; iterate over the"
-                " loader that make_private returned (a shuffled loader has no amplification)"
-            )
+        loader, most = self._parts(loader, physical)
         rows = iter(loader)
         while self.reservation.remaining:
-            if self._paid:
-                raise SkippedStep(
-                    "the last batch got no optimizer step; take one for every batch, whatever its"
-                    " loss, and for empty ones too"
-                )
             self.reservation.mark()
-            self._paid = True
-            try:
-                self._rows, batch = next(rows)
-            except StopIteration:  # an earlier call drew some of the sampler's steps
-                rows = iter(loader)
-                self._rows, batch = next(rows)
-            yield batch
+            self._turn.paid, self._turn.last = True, False
+            while not self._turn.last:
+                try:
+                    count, batch = next(rows)
+                except StopIteration:  # an earlier call drew some of the sampler's steps
+                    rows = iter(loader)
+                    count, batch = next(rows)
+                self._turn.rows, self._turn.last = count, most.last.popleft()
+                self._turn.done = False
+                yield batch
+                if not self._turn.done:
+                    raise SkippedStep(
+                        "the last batch got no optimizer step; take one for every batch, whatever"
+                        " its loss, and for empty ones too"
+                    )
 
     def save(self) -> None:
         """Write weights and optimizer state to the run's checkpoint, between two steps.
@@ -269,146 +291,57 @@ class TrainingRun:
         replace(self._saved, model=model, optimizer=self._optimizer.state_dict()).write(self._path)
 
     def stop(self) -> None:
-        """Drop every gradient, clipped sums before noise too, and the per-sample hooks."""
-        self._paid = self._noised = False
+        """Drop every gradient, clipped sums before noise too, and every hook."""
+        self._turn.paid = self._turn.noised = False
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self._optimizer is not None:
-            self._optimizer._step_skip_queue.clear()  # noqa: SLF001
-            self._optimizer._is_last_step_skipped = False  # noqa: SLF001
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.release()
             self._model.remove_hooks()
 
-    def _check_step(self, optimizer: Any) -> None:
-        """Refuse the update, before it is made, unless it is the one that was paid for."""
-        try:
-            self._refuse_others(optimizer)
-        except FinetuneError:
-            for parameter in optimizer.params:
-                parameter.grad = None
-            raise
-        self._paid, self._noised = False, True
-
-    def _refuse_others(self, optimizer: Any) -> None:
-        for name, actual in (
-            ("noise_multiplier", optimizer.noise_multiplier),
-            ("max_grad_norm", optimizer.max_grad_norm),
-            ("expected_batch_size", optimizer.expected_batch_size),
-        ):
-            planned = getattr(self.plan, name)
-            if actual != planned:
-                raise PlanChanged(name, planned, actual)
-        if not self._paid:
-            raise UnmarkedStep(
-                "no durable mark pays for this step; take one optimizer step for each batch"
-                " that run.batches yields"
+    def _parts(
+        self, loader: DataLoader[Any], physical: int | None
+    ) -> tuple[DataLoader[Any], PoissonSampler]:
+        sampler = loader.batch_sampler
+        if isinstance(sampler, BatchSplittingSampler) and sampler.sampler is self._sampler:
+            physical, loader = physical or sampler.max_batch_size, self._loader or loader
+        if loader is not self._loader or self._sampler is None:
+            raise NotPoissonSampled(
+                "these batches are not the Poisson samples that were priced; iterate over the"
+                " loader that make_private returned (a shuffled loader has no amplification)"
             )
-        if optimizer.accumulated_iterations != 1:
-            raise UnmarkedStep("gradients of several backward passes in one step")
-        samples = {len(gradients) for gradients in optimizer.grad_samples}
-        if samples != {self._rows}:
-            raise UnitsMixed(
-                f"the batch has {self._rows} rows, and trainable layers saw {sorted(samples)}"
-                " samples; each row needs one gradient, so keep rows as the first dimension and"
-                " do not cut them in pieces"
+        if physical is not None:
+            self._sampler.most = validate.count(physical=physical)
+        return loader, self._sampler
+
+    def _drop_gradient(self, parameter: Tensor) -> None:
+        """Keep nothing but what ghost clipping sums in its second pass, with hooks disabled."""
+        if not isinstance(self._optimizer, GhostOptimizer) or self._model.hooks_enabled:
+            parameter.grad = None
+
+
+def _check_model(model: nn.Module, mode: str) -> None:
+    if mode not in ("hooks", "ghost"):
+        raise ValueError(f"mode must be 'hooks' or 'ghost', got {mode!r}")
+    errors = ModuleValidator.validate(model, strict=False)
+    if errors:
+        raise UnsupportedModel("; ".join(map(str, errors)))
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            raise UnsupportedModel(
+                f"{name or 'the model'} uses gradient checkpointing, under which no gradients of"
+                " single rows are seen; turn it off and take smaller physical batches"
             )
-
-    def _check_update(self, *_: object) -> None:
-        """Refuse an update of the wrapped optimizer without clipping and noise."""
-        if not self._noised:
-            raise UnmarkedStep(
-                "the optimizer that was passed to make_private was stepped itself, with raw"
-                " gradients; step the one that make_private returned"
-            )
-        self._noised = False
-
-
-class PoissonSampler(Sampler[list[int]]):
-    """Draw each row independently with the same probability, afresh in every step.
-
-    Args:
-        rows: Number of rows.
-        sampling_probability: Of each row in each step; realised to 2**-53.
-        steps: Number of batches, empty ones included.
-
-    >>> list(PoissonSampler(4, 1.0, 2))
-    [[0, 1, 2, 3], [0, 1, 2, 3]]
-    """
-
-    def __init__(self, rows: int, sampling_probability: float, steps: int) -> None:
-        self.rows, self.sampling_probability, self.steps = rows, sampling_probability, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
-        for _ in range(self.steps):
-            drawn = generator.random(self.rows) < self.sampling_probability
-            yield np.flatnonzero(drawn).tolist()
-
-
-class _Counted:
-    """Collate rows to (number of rows, batch); a batch without rows has the shape of the others."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], example: Any) -> None:
-        self._collate, self._empty = collate, _without_rows(collate([example]))
-
-    def __call__(self, rows: list[Any]) -> tuple[int, Any]:
-        return len(rows), self._collate(rows) if rows else self._empty
-
-
-class _Optimizer(DPOptimizer):  # type: ignore[misc]
-    """DP-SGD in which a row whose gradient is not finite counts as zero, which a bound needs."""
-
-    def clip_and_accumulate(self) -> None:
-        super().clip_and_accumulate()
-        if all(parameter.summed_grad.isfinite().all() for parameter in self.params):
-            return
-        finite = torch.stack(
-            [gradients.flatten(1).isfinite().all(1) for gradients in self.grad_samples]
-        ).all(0)
-        for parameter, gradients in zip(self.params, self.grad_samples, strict=True):
-            parameter.grad_sample = gradients.clone()
-            parameter.grad_sample[~finite] = 0
-            parameter.summed_grad = None
-        super().clip_and_accumulate()
-
-
-def secret_generator(device: torch.device) -> torch.Generator:
-    """Return a generator whose whole state comes from the operating system.
-
-    On the CPU the state of the Mersenne Twister is written out, because ``manual_seed`` uses
-    32 bits of its seed there; elsewhere a seed of 63 bits is used.
-    """
-    generator = torch.Generator(device).manual_seed(secrets.randbits(63))
-    if device.type == "cpu":
-        state = generator.get_state().numpy()
-        words = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), "<u4").astype("<u8")
-        state[_TWISTER_AT : _TWISTER_AT + 8 * _TWISTER_WORDS] = words.view(np.uint8)
-        generator.set_state(torch.from_numpy(state))
-    return generator
-
-
-# Where torch's serialised CPU generator has its words, each in 8 bytes (checked by a test).
-_TWISTER_AT, _TWISTER_WORDS = 24, 624
-
-
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _without_rows(batch: Any) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch[:0]
-    if isinstance(batch, Mapping):
-        return {name: _without_rows(part) for name, part in batch.items()}
-    if isinstance(batch, list | tuple):
-        if all(isinstance(part, str | bytes) for part in batch):
-            return []
-        return [_without_rows(part) for part in batch]
-    raise TypeError(
-        f"a batch without rows cannot be made of {type(batch).__name__}: let collate_fn return"
-        " tensors, or lists, tuples and dicts of them"
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()  # noqa: SLF001
+        if parameter is not None and parameter.requires_grad
     )
+    for name, parameter in model.named_parameters():
+        if mode == "ghost" and uses[id(parameter)] > 1:
+            raise UnsupportedModel(
+                f"{name} is tied: {uses[id(parameter)]} modules share it, which ghost clipping"
+                " does not support; use mode='hooks', freeze it, or give each its own"
+            )

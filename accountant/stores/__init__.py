@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError
 from accountant.errors import LedgerUnavailable
 from accountant.marks import Heads
 from accountant.stores.snapshot import Snapshot
-from accountant.stores.transaction import Transaction
+from accountant.stores.transaction import Remembered, Transaction
 
 
 class Store(Protocol):
@@ -20,9 +20,11 @@ class Store(Protocol):
 
     Attributes:
         ledger: Identity of the ledger, 32 hexadecimal digits.
+        remembered: What this process saw of it, and the marks of this machine.
     """
 
     ledger: str
+    remembered: Remembered
 
     def transaction(self, names: frozenset[str]) -> AbstractContextManager[Transaction]:
         """Hold the lock of these budgets; write back and commit on leaving, or roll back."""

@@ -119,6 +119,12 @@ class SqliteStore(SqlStore):
         """
         part = None
         try:
+            os.close(os.open(to, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError as error:
+            raise LedgerUnavailable(f"{to} exists; a backup never overwrites") from error
+        except OSError as error:
+            raise LedgerUnavailable(f"{to}: no backup was made: {error}") from error
+        try:
             descriptor, name = tempfile.mkstemp(prefix=f"{to.name}.", suffix=".part", dir=to.parent)
             os.close(descriptor)
             part = Path(name)
@@ -129,16 +135,16 @@ class SqliteStore(SqlStore):
                 connection.connection.driver_connection.backup(copy)  # type: ignore[union-attr]
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            part.chmod(stat.S_IMODE(os.stat(self._path).st_mode))  # noqa: PTH116
-            to.hardlink_to(part)
-        except FileExistsError as error:
-            raise LedgerUnavailable(f"{to} exists; a backup never overwrites") from error
+            with suppress(OSError):
+                part.chmod(stat.S_IMODE(os.stat(self._path).st_mode))  # noqa: PTH116
+            part.replace(to)
+            fsync_folder(to)
         except (OSError, sqlite3.Error) as error:
+            to.unlink(missing_ok=True)
             raise LedgerUnavailable(f"{to}: no backup was made: {error}") from error
         finally:
             if part is not None:
                 part.unlink(missing_ok=True)
-        fsync_folder(to)
 
     def warnings(self) -> list[str]:
         """Return what could lose acknowledged charges here, or let two writers in."""

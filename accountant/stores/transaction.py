@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from accountant.books import Book, Hold, Keyed
 from accountant.budgets import Budget
-from accountant.errors import AccountantError, InvalidRequest, LedgerCorrupt, UnknownBudget
+from accountant.errors import InvalidRequest, LedgerCorrupt, UnknownBudget
 from accountant.marks import HighWaterMarks
 from accountant.requests import WHOLE_LEDGER, Ask, Request, Uses
 from accountant.stores.rows import (
@@ -139,28 +139,26 @@ def check_not_back(
         )
 
 
-def price_ahead(store: Any, request: Request) -> None:
+def price_ahead(remembered: Remembered, request: Request) -> None:
     """Price an event that is new to a budget before its request waits for the lock.
 
+    The first request about a budget in a process is priced under the lock: nobody here knows the
+    budget before.
+
     Args:
-        store: Whose transactions will find the price.
+        remembered: Where transactions will find the price.
         request: What is asked; whatever is wrong with it is for the rules to say.
     """
-    remembered: Remembered = store.remembered
     if not isinstance(request, Ask):
         return
     for name in request.budgets:
-        key = (name, request.event)
-        if key in remembered.prices or key in remembered.ahead:
+        key, known = (name, request.event), remembered.budgets.get(name)
+        if known is None or key in remembered.prices or key in remembered.ahead:
             continue
-        with suppress(AccountantError, DPError):
-            if name not in remembered.budgets:
-                with store.snapshot() as snapshot:
-                    record = snapshot.row(name).record
-                remembered.budgets[name] = (record, Budget.from_json(record))
-            if len(remembered.ahead) > _CACHED_PRICES:
-                remembered.ahead.clear()
-            remembered.ahead[key] = remembered.budgets[name][1].filter.price(request.event)
+        if len(remembered.ahead) > _CACHED_PRICES:
+            remembered.ahead.clear()
+        with suppress(DPError):
+            remembered.ahead[key] = known[1].filter.price(request.event)
 
 
 class Transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -39,15 +40,17 @@ from accountant.anchors import read_notes
 from accountant.doctor import examine
 from accountant.ledger import decide
 from accountant.notes import Signer
+from accountant.requests import Charge
 from accountant.stores.postgres import role_statements
 from accountant.stores.transaction import Transaction
-from dp import Gaussian, Laplace, PureDP, adaptive, planned, pure
+from dp import Gaussian, Laplace, NeighboringRelation, PureDP, adaptive, planned, pure
 from epsledger.cli import main
 from tests.accountant.test_writer import in_one_batch
 
 ASK = {"unit": "article", "activity": "survey"}
 TENTH = PureDP(0.1)
 LIMITS = pure(1.001)
+ADD_REMOVE = NeighboringRelation.ADD_REMOVE
 ALICE, BOB = Signer("alice", bytes(32)), Signer("bob", bytes(range(32)))
 
 
@@ -1096,3 +1099,86 @@ for _ in range(3):
     accountant.charge("d", PureDP(0.1), unit="article", activity="survey")
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+# --- the fourth review ---------------------------------------------------------------------------
+
+
+def test_a_mark_that_could_not_be_written_accuses_nobody(books, monkeypatch):
+    """The slot that it was meant for is the next budget's."""
+    pwrite, full = os.pwrite, [True]
+
+    def sometimes(file, content, at):
+        if full and full.pop():
+            raise OSError(28, "No space left on device")
+        return pwrite(file, content, at)
+
+    monkeypatch.setattr(os, "pwrite", sometimes)
+    for name in ("x", "y", "z"):
+        books.create_budget(name, LIMITS, unit="article")
+    for name in ("x", "z", "y", "x", "d"):
+        books.charge(name, TENTH, **ASK)
+    assert books.verify().clean
+
+
+def test_a_marks_file_that_is_cut_off_in_use_accuses_nobody(books):
+    for name in ("x", "y"):
+        books.create_budget(name, LIMITS, unit="article")
+    os.truncate(books._store.remembered.marks.path, 0)
+    books.create_budget("z", LIMITS, unit="article")
+    for name in ("x", "y", "z", "x", "d"):
+        books.charge(name, TENTH, **ASK)
+    assert books.verify().clean
+    assert books._store.remembered.marks.read()["x"][0] == 3
+
+
+def test_whoever_holds_the_marks_holds_nobody_up(books):
+    books.create_budget("x", LIMITS, unit="article")
+    with books._store.remembered.marks.path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert books.statement("x").seq == 1
+        books.charge("x", TENTH, **ASK)
+        assert time.monotonic() - started < 1
+        books.create_budget("y", LIMITS, unit="article")  # goes without a mark
+        assert time.monotonic() - started < 5
+    books.charge("y", TENTH, **ASK)
+    assert books.verify().clean
+
+
+def test_asking_after_closing(books):
+    books.close()
+    with pytest.raises(LedgerUnavailable, match="closed; open the ledger again"):
+        books.charge("d", TENTH, **ASK)
+    with suppress(LedgerUnavailable):
+        books.statement("d")
+
+
+def test_a_writer_that_does_not_end_keeps_its_ledger_open(books, monkeypatch):
+    monkeypatch.setattr(writer_module, "PATIENCE_SECONDS", 0.2)
+    begin, go_on = books._store._begin, threading.Event()
+    monkeypatch.setattr(books._store, "_begin", lambda names: go_on.wait(10) and begin(names))
+    ask = books._writer.enqueue(Charge(("d",), TENTH, 1, "article", ADD_REMOVE, "survey"))
+    time.sleep(0.05)
+    books.close()
+    assert not ask.done()
+    go_on.set()
+    assert ask.result(10).seq == 2
+
+
+def test_the_event_loop_prices_nothing_ahead(books, monkeypatch):
+    monkeypatch.setattr(writer_module, "price_ahead", lambda *_: pytest.fail("priced"))
+    assert asyncio.run(books.acharge("d", TENTH, **ASK)).seq == 2
+
+
+def test_a_broken_record_is_its_own_budgets(books, location, untrigger):
+    books.create_budget("e", LIMITS, unit="article")
+    books.close_budget("e")
+    books.close()
+    untrigger(location)
+    with closing(sqlite3.connect(location)) as connection, connection:
+        connection.execute("UPDATE epsledger_budget SET record = x'00' WHERE name = 'd'")
+    with Accountant.open(location) as again:
+        assert again.statement("e").superseded_by is None
+        with pytest.raises(LedgerCorrupt):
+            again.statement("d")

@@ -1,0 +1,222 @@
+"""Opacus's optimizers under guard: an update happens if it was paid for, as it was priced."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from torch.optim import Optimizer
+
+from finetune.errors import (
+    FinetuneError,
+    NoGradient,
+    NotFinite,
+    PlanChanged,
+    UnitsMixed,
+    UnmarkedStep,
+    WeightsChanged,
+)
+from finetune.plan import TrainingPlan
+
+
+@dataclass(slots=True)
+class Turn:
+    """The step in hand: what was paid for, and what of it is done.
+
+    Attributes:
+        paid: Whether a durable mark pays for an update.
+        rows: How many rows the batch in hand has; it may be a part of the step's sample.
+        last: Whether it is the last part.
+        done: Whether the part got its ``optimizer.step()``.
+        noised: Whether clipped sums with noise are what the wrapped optimizer would apply.
+    """
+
+    paid: bool = False
+    rows: int = 0
+    last: bool = True
+    done: bool = True
+    noised: bool = False
+
+
+class Guarded(DPOptimizer):  # type: ignore[misc]
+    """What both ways of clipping share: the checks before an update, and the noise generator.
+
+    Overriding Opacus's own methods, instead of attaching a step hook, leaves no hook that a
+    script could overwrite.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, plan: TrainingPlan, turn: Turn, names: dict[int, str]
+    ) -> None:
+        device = optimizer.param_groups[0]["params"][0].device
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.expected_batch_size,
+            loss_reduction="mean",
+            generator=secret_generator(device),
+        )
+        self.plan, self.turn, self._names = plan, turn, names
+        self._versions: list[int] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._check_update),
+            optimizer.register_step_post_hook(self._updated),
+        ]
+        self._updated()
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Check and clip; at the end of a sample add noise and return True, for the update."""
+        try:
+            self._check()
+        except FinetuneError:
+            self.drop()
+            raise
+        if not self.turn.rows:
+            self._leave_out()
+        ready = super().pre_step(closure)
+        self.turn.done = True
+        if ready:
+            self.turn.paid, self.turn.noised = False, True
+        return ready
+
+    def drop(self) -> None:
+        """Drop every gradient, clipped sums before noise too."""
+        self._is_last_step_skipped = False
+        self.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        """Give the wrapped optimizer back as it was."""
+        self.drop()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _check_skip_next_step(self, pop_next: bool = True) -> bool:  # noqa: ARG002, FBT001, FBT002
+        return not self.turn.last
+
+    def _check(self) -> None:
+        for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size"):
+            planned, actual = getattr(self.plan, name), getattr(self, name)
+            if actual != planned:
+                raise PlanChanged(name, planned, actual)
+        if not self.turn.paid or self.turn.done:
+            raise UnmarkedStep(
+                "no durable mark pays for this step; take one optimizer step for each batch"
+                " that run.batches yields"
+            )
+        if self._versions != [parameter._version for parameter in self.params]:  # noqa: SLF001
+            raise WeightsChanged(
+                "weights were changed since the last step by something else than this optimizer;"
+                " whatever it learned from is not accounted for"
+            )
+        samples = {self._samples(parameter) for parameter in self.params}
+        if samples != {max(1, self.turn.rows)}:
+            raise UnitsMixed(
+                f"the batch has {max(1, self.turn.rows)} rows, and trainable layers saw"
+                f" {sorted(samples)} samples; each row needs one gradient, so keep rows as the"
+                " first dimension and do not cut them in pieces"
+            )
+
+    def _samples(self, parameter: torch.Tensor) -> int:
+        """Return how many samples a parameter has gradients, or their norms, of."""
+        raise NotImplementedError
+
+    def _leave_out(self) -> None:
+        """Make the gradient of the row that stands in for none zero."""
+        raise NotImplementedError
+
+    def _missing(self, parameter: torch.Tensor, way: str) -> NoGradient:
+        return NoGradient(
+            f"{self._names.get(id(parameter), 'a parameter')} got no gradient {way}; freeze it"
+            " with requires_grad_(False), or let the loss depend on it"
+        )
+
+    def _check_update(self, *_: object) -> None:
+        """Refuse an update of the wrapped optimizer without clipping and noise."""
+        if not self.turn.noised:
+            raise UnmarkedStep(
+                "the optimizer that was passed to make_private was stepped itself, with raw"
+                " gradients; step the one that make_private returned"
+            )
+        self.turn.noised = False
+
+    def _updated(self, *_: object) -> None:
+        self._versions = [parameter._version for parameter in self.params]  # noqa: SLF001
+
+
+class HooksOptimizer(Guarded):
+    """Clips a gradient for each row; one that is not finite counts as zero."""
+
+    def _samples(self, parameter: torch.Tensor) -> int:
+        gradients = getattr(parameter, "grad_sample", None)
+        if gradients is None:
+            raise self._missing(parameter, "in this backward pass")
+        if isinstance(gradients, list):
+            raise UnmarkedStep("gradients of several backward passes in one step")
+        return len(gradients)
+
+    def _leave_out(self) -> None:
+        for parameter in self.params:
+            parameter.grad_sample = torch.zeros_like(parameter.grad_sample)
+
+    def clip_and_accumulate(self) -> None:
+        """Clip and sum; a bound needs rows that are not finite left out."""
+        before = [parameter.summed_grad for parameter in self.params]
+        kept = [None if summed is None else summed.clone() for summed in before]
+        super().clip_and_accumulate()
+        if all(parameter.summed_grad.isfinite().all() for parameter in self.params):
+            return
+        finite = torch.stack(
+            [gradients.flatten(1).isfinite().all(1) for gradients in self.grad_samples]
+        ).all(0)
+        for parameter, gradients, summed in zip(self.params, self.grad_samples, kept, strict=True):
+            parameter.grad_sample = gradients.clone()
+            parameter.grad_sample[~finite] = 0
+            parameter.summed_grad = summed
+        super().clip_and_accumulate()
+
+
+class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Gets sums that were clipped in the second of two backward passes (ghost clipping)."""
+
+    def _samples(self, parameter: torch.Tensor) -> int:
+        norms = getattr(parameter, "_norm_sample", None)
+        if norms is None or parameter.grad is None:
+            raise self._missing(
+                parameter, "from a loss of run.criterion(...), which ghost clipping needs"
+            )
+        if not parameter.grad.isfinite().all():
+            raise NotFinite(
+                "a row's gradient is not finite, and ghost clipping cannot leave the row out;"
+                " use mode='hooks', where it counts as zero"
+            )
+        return len(norms)
+
+    def _leave_out(self) -> None:
+        for parameter in self.params:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def secret_generator(device: torch.device) -> torch.Generator:
+    """Return a generator whose whole state comes from the operating system.
+
+    On the CPU the state of the Mersenne Twister is written out, because ``manual_seed`` uses
+    32 bits of its seed there; elsewhere a seed of 63 bits is used.
+    """
+    generator = torch.Generator(device).manual_seed(secrets.randbits(63))
+    if device.type == "cpu":
+        state = generator.get_state().numpy()
+        words = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), "<u4").astype("<u8")
+        state[_TWISTER_AT : _TWISTER_AT + 8 * _TWISTER_WORDS] = words.view(np.uint8)
+        generator.set_state(torch.from_numpy(state))
+    return generator
+
+
+# Where torch's serialised CPU generator has its words, each in 8 bytes (checked by a test).
+_TWISTER_AT, _TWISTER_WORDS = 24, 624

@@ -1,0 +1,345 @@
+"""Hooks and ghost clipping, samples in parts, samples without rows: the same sums, all paid for.
+
+With next to no noise the clipped sum of a step can be read off the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.utils.data import DataLoader, TensorDataset
+
+from accountant import Accountant
+from dp import adaptive
+from finetune import (
+    NoGradient,
+    NotFinite,
+    NotPoissonSampled,
+    SkippedStep,
+    TrainingPlan,
+    UnitsMixed,
+    UnmarkedStep,
+    UnsupportedModel,
+    WeightsChanged,
+    training_run,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+ROWS, NOISELESS = 24, 5e-3
+MODES = ("hooks", "ghost")
+
+
+@pytest.fixture
+def accountant(tmp_path):
+    """A budget in which almost no noise fits."""
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        accountant.create_budget("b", adaptive(1e6, 1e-5), unit="row")
+        yield accountant
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(0)
+    return TensorDataset(torch.randn(ROWS, 5), torch.randint(0, 3, (ROWS,)))
+
+
+def network():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+
+
+def plan(**changes):
+    values = {
+        "noise_multiplier": NOISELESS,
+        "sampling_probability": 1.0,
+        "steps": 2,
+        "expected_batch_size": ROWS,
+        "max_grad_norm": 0.5,
+    }
+    return TrainingPlan(**(values | changes))
+
+
+def trained(accountant, rows, *, mode="hooks", physical=None, workers=0, manager=False, **changes):
+    """Return the weights after a run, and how often it took a batch."""
+    model, asked = network(), plan(**changes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loader = DataLoader(rows, num_workers=workers)
+    taken = 0
+    with training_run(accountant, "b", asked, unit="row") as run:
+        private, guarded, batches = run.make_private(model, optimizer, loader, mode=mode)
+        criterion = run.criterion(torch.nn.CrossEntropyLoss())
+        if manager:
+            batches = BatchMemoryManager(
+                data_loader=batches, max_physical_batch_size=physical, optimizer=guarded
+            ).__enter__()
+            physical = None
+        for features, labels in run.batches(batches, physical=physical):
+            assert physical is None or len(features) <= physical
+            criterion(private(features), labels).backward()
+            guarded.step()
+            guarded.zero_grad()
+            taken += 1
+        assert run.reservation.marked == asked.steps
+    return torch.cat([part.detach().flatten() for part in model.parameters()]), taken
+
+
+def by_hand(rows, steps=2, max_grad_norm=0.5, lost=()):
+    """Return the weights after clipped steps without noise, one row at a time."""
+    model = network()
+    for _ in range(steps):
+        total = [torch.zeros_like(part) for part in model.parameters()]
+        for number, (features, label) in enumerate(rows):
+            if number in lost:
+                continue
+            loss = torch.nn.functional.cross_entropy(model(features[None]), label[None])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            norm = torch.cat([part.flatten() for part in gradients]).norm()
+            for summed, gradient in zip(total, gradients, strict=True):
+                summed.add_(gradient * min(1.0, max_grad_norm / norm))
+        with torch.no_grad():
+            for weight, summed in zip(model.parameters(), total, strict=True):
+                weight.sub_(summed / ROWS)
+    return torch.cat([part.detach().flatten() for part in model.parameters()])
+
+
+def close(one, other):
+    return torch.allclose(one, other, atol=6 * NOISELESS * 0.5 / ROWS * 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("physical", "parts"), [(None, 1), (24, 1), (10, 3), (1, 24)])
+def test_a_step_is_the_clipped_sum_whatever_the_mode_and_the_parts(
+    accountant, rows, mode, physical, parts
+):
+    weights, taken = trained(accountant, rows, mode=mode, physical=physical)
+    assert taken == 2 * parts
+    assert close(weights, by_hand(rows))
+    assert not close(weights, by_hand(rows, max_grad_norm=0.4))  # the control: it would be seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_opacus_own_memory_manager(accountant, rows, mode):
+    weights, taken = trained(accountant, rows, mode=mode, physical=7, manager=True)
+    assert taken == 8
+    assert close(weights, by_hand(rows))
+
+
+def test_parts_come_in_order_from_the_workers_of_a_loader(accountant, rows):
+    weights, taken = trained(accountant, rows, physical=5, workers=2)
+    assert taken == 10
+    assert close(weights, by_hand(rows))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sample_without_rows_moves_nothing_but_by_noise(accountant, rows, mode):
+    weights, taken = trained(accountant, rows, mode=mode, sampling_probability=1e-9, steps=3)
+    assert taken == 3
+    assert close(weights, by_hand(rows, steps=0))
+
+
+def test_a_row_that_is_not_finite_counts_as_zero_in_any_part(accountant, rows):
+    rows.tensors[0][13] = float("nan")
+    for physical in (None, 5):
+        weights, _ = trained(accountant, rows, physical=physical)
+        assert close(weights, by_hand(rows, lost=(13,)))
+
+
+def run_of(accountant, rows, model, mode="hooks", steps=2):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    context = training_run(accountant, "b", plan(steps=steps), unit="row")
+    run = context.__enter__()
+    return run, *run.make_private(model, optimizer, DataLoader(rows), mode=mode), optimizer
+
+
+def untouched(model, before) -> bool:
+    return all(map(torch.equal, before, model.parameters()))
+
+
+def test_ghost_clipping_cannot_leave_a_row_out_and_says_so(accountant, rows):
+    rows.tensors[0][13] = float("inf")
+    model = network()
+    before = copy.deepcopy(list(model.parameters()))
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, "ghost")
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    features, labels = next(run.batches(loader))
+    criterion(private(features), labels).backward()
+    with pytest.raises(NotFinite, match="mode='hooks'"):
+        guarded.step()
+    assert untouched(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ghost_clipping_needs_its_own_loss(accountant, rows):
+    model = network()
+    before = copy.deepcopy(list(model.parameters()))
+    _, private, guarded, loader, _ = (made := run_of(accountant, rows, model, "ghost"))
+    features, labels = next(made[0].batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(
+        NoGradient, match=r"0\.weight got no gradient from a loss of run\.criterion"
+    ):
+        guarded.step()
+    assert untouched(model, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_for_rows_change_no_weight(accountant, mode):
+    """Clipped apiece, the 8 tokens of a row would count 8 times."""
+    rows = TensorDataset(torch.randn(ROWS, 8, 5), torch.randint(0, 3, (ROWS, 8)))
+    model = network()
+    before = copy.deepcopy(list(model.parameters()))
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    features, labels = next(run.batches(loader))
+    criterion(private(features.reshape(-1, 5)), labels.reshape(-1)).backward()
+    with pytest.raises(UnitsMixed, match="samples"):
+        guarded.step()
+    assert untouched(model, before)
+
+
+def test_a_language_loss_by_row_in_ghost_mode(accountant):
+    """One number for each row: the same clipped sum as hooks with a mean within each row."""
+    rows = TensorDataset(torch.randn(ROWS, 8, 5), torch.randint(0, 3, (ROWS, 8)))
+    found = []
+    for mode in MODES:
+        model = network()
+        run, private, guarded, loader, _ = run_of(accountant, rows, model, mode, steps=1)
+        for features, labels in run.batches(loader):
+            logits = private(features)
+            if mode == "ghost":
+                criterion = run.criterion(torch.nn.CrossEntropyLoss())
+                loss = criterion(logits.view(-1, 3), labels.view(-1), shape=logits.shape)
+            else:
+                loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+            loss.backward()
+            guarded.step()
+        found.append(torch.cat([part.detach().flatten() for part in model.parameters()]))
+    assert close(*found)
+
+
+def test_a_hook_that_a_script_attaches_overwrites_nothing(accountant, rows):
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, steps=1)
+    guarded.attach_step_hook(lambda _: None)
+    features, labels = next(batches := run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    guarded.step()
+    guarded.zero_grad()
+    assert list(batches) == []
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(UnmarkedStep):
+        guarded.step()
+
+
+def test_skip_signals_of_a_script_change_nothing(accountant, rows):
+    """A batch that is accumulated in silence would join two samples in one step."""
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model)
+    guarded.signal_skip_step(do_skip=True)
+    before = copy.deepcopy(list(model.parameters()))
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    guarded.step()
+    assert not untouched(model, before)
+
+
+def test_a_second_optimizer_finds_nothing_and_what_it_changes_is_seen(accountant, rows):
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model)
+    second = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    batches = run.batches(loader)
+    features, labels = next(batches)
+    before = copy.deepcopy(list(model.parameters()))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    second.step()
+    assert untouched(model, before)
+    guarded.step()
+    guarded.zero_grad()
+    features, labels = next(batches)
+    with torch.no_grad():
+        model[0].weight += 0.1
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(WeightsChanged, match="not accounted for"):
+        guarded.step()
+
+
+def test_a_parameter_that_the_loss_does_not_reach(accountant, rows):
+    model = network()
+    model.extra = torch.nn.Linear(2, 2)
+    run, private, guarded, loader, _ = run_of(accountant, rows, model)
+    features, labels = next(run.batches(loader))
+    hidden = private._module[2](private._module[1](private._module[0](features)))
+    torch.nn.functional.cross_entropy(hidden, labels).backward()
+    with pytest.raises(NoGradient, match=r"extra\.weight got no gradient in this backward"):
+        guarded.step()
+
+
+@pytest.mark.parametrize("physical", [None, 10])
+def test_every_part_needs_its_step(accountant, rows, physical):
+    model = network()
+    run, private, _, loader, _ = run_of(accountant, rows, model)
+    batches = run.batches(loader, physical=physical)
+    features, labels = next(batches)
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(SkippedStep):
+        next(batches)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_leaving_in_the_middle_of_a_sample_leaves_no_sum_behind(accountant, rows, mode):
+    model = network()
+    original = torch.optim.SGD(model.parameters(), lr=0.1)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        private, guarded, loader = run.make_private(model, original, DataLoader(rows), mode=mode)
+        criterion = run.criterion(torch.nn.CrossEntropyLoss())
+        for features, labels in run.batches(loader, physical=10):
+            criterion(private(features), labels).backward()
+            guarded.step()
+            guarded.zero_grad()
+            assert any(parameter.summed_grad is not None for parameter in model.parameters())
+            break
+    for parameter in model.parameters():
+        assert parameter.grad is None
+        assert parameter.summed_grad is None
+        assert getattr(parameter, "grad_sample", None) is None
+    assert accountant.statement("b").activities[0].uses == 1
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(3, 3)
+        self.head = torch.nn.Linear(3, 3, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_models_that_cannot_be_trained_are_named_before_a_step(accountant, rows):
+    class Checkpointed(torch.nn.Linear):
+        gradient_checkpointing = True
+
+    normed = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    for model, mode, words in (
+        (Tied(), "ghost", r"embed\.weight is tied: 2 modules"),
+        (Checkpointed(5, 3), "hooks", "gradient checkpointing"),
+        (normed, "hooks", "BatchNorm"),
+    ):
+        with pytest.raises(UnsupportedModel, match=words):
+            run_of(accountant, rows, model, mode)
+    run_of(accountant, rows, Tied())
+
+
+def test_a_manager_of_another_loader_is_refused(accountant, rows):
+    model = network()
+    run, _, guarded, _, _ = run_of(accountant, rows, model)
+    other = DataLoader(rows, batch_size=4, shuffle=True)
+    with (
+        BatchMemoryManager(
+            data_loader=other, max_physical_batch_size=2, optimizer=guarded
+        ) as batches,
+        pytest.raises(NotPoissonSampled),
+    ):
+        next(run.batches(batches))
