@@ -151,6 +151,7 @@ def run_of(accountant, rows, model, mode="hooks", steps=2):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     context = training_run(accountant, "b", plan(steps=steps), unit="row")
     run = context.__enter__()
+    run.entered = context  # or it would be left when nobody holds it
     return run, *run.make_private(model, optimizer, DataLoader(rows), mode=mode), optimizer
 
 
