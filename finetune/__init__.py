@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import (
@@ -16,16 +17,18 @@ from finetune.errors import (
     NotFinite,
     NotPoissonSampled,
     PlanChanged,
+    RowsMixed,
     SkippedStep,
     UnitsMixed,
     UnmarkedStep,
     UnsupportedModel,
     WeightsChanged,
 )
-from finetune.plan import TrainingPlan
+from finetune.plan import TrainingPlan, least_noise, most_steps
 
 if TYPE_CHECKING:
     from finetune.opacus import TrainingRun, training_run
+    from finetune.selftest import check_rows_apart
 
 __all__ = [
     "CheckpointInvalid",
@@ -34,6 +37,7 @@ __all__ = [
     "NotFinite",
     "NotPoissonSampled",
     "PlanChanged",
+    "RowsMixed",
     "SkippedStep",
     "TrainingPlan",
     "TrainingRun",
@@ -41,18 +45,27 @@ __all__ = [
     "UnmarkedStep",
     "UnsupportedModel",
     "WeightsChanged",
+    "check_rows_apart",
+    "least_noise",
+    "most_steps",
     "training_run",
 ]
 
 
+_LAZY = {
+    "TrainingRun": "finetune.opacus",
+    "check_rows_apart": "finetune.selftest",
+    "training_run": "finetune.opacus",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs torch and opacus on first use."""
-    if name not in ("TrainingRun", "training_run"):
+    if name not in _LAZY:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     try:
-        from finetune import opacus
+        return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{error.name} is missing; install it with: pip install 'epsledger[finetune]'"
         ) from error
-    return getattr(opacus, name)

@@ -11,17 +11,21 @@ the difference of the two releases would have none.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from accountant.requests import Holds
 from finetune.errors import CheckpointInvalid, PlanChanged
 from finetune.plan import TrainingPlan
 
 _FORMAT = 1
-_FIELDS = ("format", "ledger", "holds", "plan", "model", "optimizer")
+_FIELDS = ("format", "ledger", "segments", "model", "optimizer")
+Segments = tuple[tuple[TrainingPlan, Holds], ...]
+"""The parts of a run, in order: what was priced, and its reservation for ``Accountant.adopt``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +34,13 @@ class Checkpoint:
 
     Attributes:
         ledger: Identity of the ledger.
-        holds: The run's reservation, as ``Accountant.adopt`` takes it.
-        plan: What was priced.
+        segments: Plans and reservations.
         model: State of the model; None before the first save.
         optimizer: State of the optimizer, likewise.
     """
 
     ledger: str
-    holds: tuple[tuple[str, int], ...]
-    plan: TrainingPlan
+    segments: Segments
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
 
@@ -52,8 +54,10 @@ class Checkpoint:
         content = {
             "format": _FORMAT,
             "ledger": self.ledger,
-            "holds": [list(hold) for hold in self.holds],
-            "plan": asdict(self.plan),
+            "segments": [
+                {"plan": asdict(plan), "holds": [list(hold) for hold in holds]}
+                for plan, holds in self.segments
+            ],
             "model": self.model,
             "optimizer": self.optimizer,
         }
@@ -85,15 +89,19 @@ class Checkpoint:
             raise CheckpointInvalid(path, f"its format is {content['format']!r}, not {_FORMAT}")
         return cls(
             content["ledger"],
-            tuple((budget, seq) for budget, seq in content["holds"]),
-            TrainingPlan(**content["plan"]),
+            tuple(
+                (TrainingPlan(**each["plan"]), tuple((name, seq) for name, seq in each["holds"]))
+                for each in content["segments"]
+            ),
             content["model"],
             content["optimizer"],
         )
 
-    def check_plan(self, plan: TrainingPlan) -> None:
-        """Raise PlanChanged unless the run was priced for this plan."""
-        saved, asked = asdict(self.plan), asdict(plan)
-        for name, value in saved.items():
-            if asked[name] != value:
-                raise PlanChanged(name, value, asked[name])
+    def check_plans(self, plans: Sequence[TrainingPlan]) -> None:
+        """Raise PlanChanged unless the run was priced for these plans."""
+        if len(plans) != len(self.segments):
+            raise PlanChanged("number of segments", len(self.segments), len(plans))
+        for (saved, _), asked in zip(self.segments, plans, strict=True):
+            for name, value in asdict(saved).items():
+                if getattr(asked, name) != value:
+                    raise PlanChanged(name, value, getattr(asked, name))

@@ -7,6 +7,7 @@
     ├── UnmarkedStep        an update that no durable mark paid for
     ├── SkippedStep         a batch that was paid for and then dropped
     ├── UnitsMixed          gradients that are not one for each row of the batch
+    ├── RowsMixed           a loss in which rows change each other's gradients
     ├── NoGradient          a trainable parameter that the loss does not reach
     ├── NotFinite           a row without a finite gradient, where it cannot be left out
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
@@ -40,6 +41,18 @@ class SkippedStep(FinetuneError, RuntimeError):
 
 class UnitsMixed(FinetuneError, ValueError):
     """A layer saw another number of samples than the batch has rows; nothing was updated."""
+
+
+class RowsMixed(FinetuneError, ValueError):
+    """The gradient of one row depends on other rows, so clipping does not bound what a row does.
+
+    Attributes:
+        distance: By how many clipping norms one row moved the clipped sum.
+    """
+
+    def __init__(self, message: str, distance: float) -> None:
+        super().__init__(message)
+        self.distance = distance
 
 
 class NoGradient(FinetuneError, ValueError):

@@ -35,8 +35,8 @@ Not covered:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from accountant import Accountant, Reservation
-from dp import validate
+from dp import InvalidParameter, validate
 from finetune.batches import Counted, PoissonSampler
 from finetune.checkpoints import Checkpoint
 from finetune.errors import (
@@ -69,7 +69,7 @@ from finetune.plan import TrainingPlan
 def training_run(
     accountant: Accountant,
     budget: str,
-    plan: TrainingPlan,
+    plan: TrainingPlan | Sequence[TrainingPlan],
     *,
     unit: str,
     activity: str = "training",
@@ -82,7 +82,8 @@ def training_run(
     Args:
         accountant: Of the ledger.
         budget: Name of the budget.
-        plan: What will be run.
+        plan: What will be run; several plans are run one after another, each with its own noise,
+            clipping, sampling and number of steps. All of them are reserved, or none.
         unit: The privacy unit that one row of the dataset is; it must be the budget's.
         activity: What the ledger calls it.
         checkpoint: A file for :meth:`TrainingRun.save`. If it exists, the run in it is resumed:
@@ -95,63 +96,93 @@ def training_run(
         CheckpointInvalid: If the file is no checkpoint, or of another ledger or budget.
         PlanChanged: If the run in the file was priced for another plan.
     """
+    plans = (plan,) if isinstance(plan, TrainingPlan) else tuple(plan)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         saved = Checkpoint.read(path)
-        saved.check_plan(plan)
-        if saved.ledger != accountant.ledger or saved.holds[0][0] != budget:
-            raise CheckpointInvalid(
-                path, f"it is of budget {saved.holds[0][0]!r} in ledger {saved.ledger}"
-            )
-        reservation = accountant.adopt(saved.holds, plan.event)
+        saved.check_plans(plans)
+        named = {name for _, holds in saved.segments for name, _ in holds}
+        if saved.ledger != accountant.ledger or named != {budget}:
+            raise CheckpointInvalid(path, f"it is of {sorted(named)} in ledger {saved.ledger}")
+        reservations = [accountant.adopt(holds, each.event) for each, holds in saved.segments]
     else:
-        saved, reservation = None, _reserved(accountant, budget, plan, unit, activity)
-    with reservation:
-        run = TrainingRun(plan, reservation, accountant.ledger, path, saved)
-        try:
-            yield run
-        finally:
-            run.stop()
+        reservations = _reserved(accountant, budget, plans, unit, activity)
+        holds = (reservation.holds for reservation in reservations)
+        saved = Checkpoint(accountant.ledger, tuple(zip(plans, holds, strict=True)))
+    with ExitStack() as stack:
+        for reservation in reservations:
+            stack.enter_context(reservation)
+        run = TrainingRun(plans, reservations, path, saved)
+        stack.callback(run.stop)
+        yield run
 
 
 def _reserved(
-    accountant: Accountant, budget: str, plan: TrainingPlan, unit: str, activity: str
-) -> Reservation:
-    return accountant.reserve(
-        budget,
-        plan.event,
-        uses=plan.steps,
-        unit=unit,
-        activity=activity,
-        note=f"DP-SGD: expected_batch_size={plan.expected_batch_size}"
-        f" max_grad_norm={plan.max_grad_norm}",
-    )
+    accountant: Accountant,
+    budget: str,
+    plans: Sequence[TrainingPlan],
+    unit: str,
+    activity: str,
+) -> list[Reservation]:
+    """Reserve all plans or none."""
+    if not plans:
+        raise InvalidParameter("plan", plans, "a TrainingPlan, or several")
+    with ExitStack() as undo:
+        reservations = []
+        for plan in plans:
+            reservation = accountant.reserve(
+                budget,
+                plan.event,
+                uses=plan.steps,
+                unit=unit,
+                activity=activity,
+                note=f"DP-SGD: expected_batch_size={plan.expected_batch_size}"
+                f" max_grad_norm={plan.max_grad_norm}",
+            )
+            undo.callback(reservation.void)
+            reservations.append(reservation)
+        undo.pop_all()
+    return reservations
 
 
 class TrainingRun:
-    """A run that was paid for; get one from :func:`training_run`.
-
-    Attributes:
-        plan: What was priced.
-        reservation: The steps that the ledger holds for it.
-    """
+    """A run that was paid for; get one from :func:`training_run`."""
 
     def __init__(
         self,
-        plan: TrainingPlan,
-        reservation: Reservation,
-        ledger: str,
-        path: Path | None = None,
-        saved: Checkpoint | None = None,
+        plans: Sequence[TrainingPlan],
+        reservations: Sequence[Reservation],
+        path: Path | None,
+        saved: Checkpoint,
     ) -> None:
-        self.plan, self.reservation = plan, reservation
-        self._path, self._saved = path, saved or Checkpoint(ledger, reservation.holds, plan)
+        self._segments = tuple(zip(plans, reservations, strict=True))
+        self._path, self._saved = path, saved
         self._turn = Turn()
         self._loader: DataLoader[Any] | None = None
         self._sampler: PoissonSampler | None = None
         self._model: Any = None
         self._optimizer: Guarded | None = None
         self._hooks: list[Any] = []
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan whose steps are run now: the first that has some left, else the last."""
+        return self._now[0]
+
+    @property
+    def reservation(self) -> Reservation:
+        """The steps that the ledger holds for it."""
+        return self._now[1]
+
+    @property
+    def remaining(self) -> int:
+        """Steps that can still be taken, under all plans."""
+        return sum(reservation.remaining for _, reservation in self._segments)
+
+    @property
+    def _now(self) -> tuple[TrainingPlan, Reservation]:
+        left = (segment for segment in self._segments if segment[1].remaining)
+        return next(left, self._segments[-1])
 
     def make_private(
         self,
@@ -195,7 +226,7 @@ class TrainingRun:
         self._sampler = PoissonSampler(
             len(rows),  # type: ignore[arg-type]
             self.plan.sampling_probability,
-            self.plan.steps,
+            self.remaining,
         )
         self._loader = DataLoader(
             rows,
@@ -205,25 +236,29 @@ class TrainingRun:
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
         )
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        if mode == "ghost":
-            self._model = GradSampleModuleFastGradientClipping(
-                model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
-            )
-            guarded: type[Guarded] = GhostOptimizer
-        else:
-            self._model, guarded = GradSampleModule(model, loss_reduction="mean"), HooksOptimizer
-        self._hooks = [
-            each.register_post_accumulate_grad_hook(self._drop_gradient)  # type: ignore[no-untyped-call]
-            for each in model.parameters()
-            if each.requires_grad
-        ]
+        more: dict[str, Any] = {
+            "plan": self.plan,
+            "turn": self._turn,
+            "names": {id(parameter): name for name, parameter in model.named_parameters()},
+        }
         if self._saved.model is not None:
             model.load_state_dict(self._saved.model)
             optimizer.load_state_dict(self._saved.optimizer or {})
         elif self._path is not None:
             self._saved.write(self._path)  # so that a crash before the first save is not the end
-        self._optimizer = guarded(optimizer, plan=self.plan, turn=self._turn, names=names)
+        if mode == "ghost":
+            self._model = GradSampleModuleFastGradientClipping(
+                model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
+            )
+            self._optimizer = GhostOptimizer(optimizer, module=self._model, **more)
+        else:
+            self._model = GradSampleModule(model, loss_reduction="mean")
+            self._optimizer = HooksOptimizer(optimizer, **more)
+        self._hooks = [
+            each.register_post_accumulate_grad_hook(self._drop_gradient)  # type: ignore[no-untyped-call]
+            for each in model.parameters()
+            if each.requires_grad
+        ]
         return self._model, self._optimizer, self._loader
 
     def criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -255,10 +290,15 @@ class TrainingRun:
             NotPoissonSampled: If it is another loader.
             SkippedStep: If a batch got no optimizer step.
         """
-        loader, most = self._parts(loader, physical)
+        loader, sampler, optimizer = self._parts(loader, physical)
         rows = iter(loader)
-        while self.reservation.remaining:
-            self.reservation.mark()
+        while self.remaining:
+            plan, reservation = self._now
+            if plan is not optimizer.plan:
+                sampler.sampling_probability = plan.sampling_probability
+                optimizer.follow(plan)
+                rows = iter(loader)
+            reservation.mark()
             self._turn.paid, self._turn.last = True, False
             while not self._turn.last:
                 try:
@@ -266,7 +306,7 @@ class TrainingRun:
                 except StopIteration:  # an earlier call drew some of the sampler's steps
                     rows = iter(loader)
                     count, batch = next(rows)
-                self._turn.rows, self._turn.last = count, most.last.popleft()
+                self._turn.rows, self._turn.last = count, sampler.last.popleft()
                 self._turn.done = False
                 yield batch
                 if not self._turn.done:
@@ -302,18 +342,18 @@ class TrainingRun:
 
     def _parts(
         self, loader: DataLoader[Any], physical: int | None
-    ) -> tuple[DataLoader[Any], PoissonSampler]:
+    ) -> tuple[DataLoader[Any], PoissonSampler, Guarded]:
         sampler = loader.batch_sampler
         if isinstance(sampler, BatchSplittingSampler) and sampler.sampler is self._sampler:
             physical, loader = physical or sampler.max_batch_size, self._loader or loader
-        if loader is not self._loader or self._sampler is None:
+        if loader is not self._loader or self._sampler is None or self._optimizer is None:
             raise NotPoissonSampled(
                 "these batches are not the Poisson samples that were priced; iterate over the"
                 " loader that make_private returned (a shuffled loader has no amplification)"
             )
         if physical is not None:
             self._sampler.most = validate.count(physical=physical)
-        return loader, self._sampler
+        return loader, self._sampler, self._optimizer
 
     def _drop_gradient(self, parameter: Tensor) -> None:
         """Keep nothing but what ghost clipping sums in its second pass, with hooks disabled."""

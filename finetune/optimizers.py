@@ -86,6 +86,12 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             self.turn.paid, self.turn.noised = False, True
         return ready
 
+    def follow(self, plan: TrainingPlan) -> None:
+        """Go on as another plan says."""
+        self.plan = plan
+        self.noise_multiplier, self.max_grad_norm = plan.noise_multiplier, plan.max_grad_norm
+        self.expected_batch_size = plan.expected_batch_size
+
     def drop(self) -> None:
         """Drop every gradient, clipped sums before noise too."""
         self._is_last_step_skipped = False
@@ -183,7 +189,16 @@ class HooksOptimizer(Guarded):
 
 
 class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Gets sums that were clipped in the second of two backward passes (ghost clipping)."""
+    """Gets sums that the module clipped in the second of two backward passes (ghost clipping)."""
+
+    def __init__(self, optimizer: Optimizer, *, module: Any, **others: Any) -> None:
+        super().__init__(optimizer, **others)
+        self._module = module
+
+    def follow(self, plan: TrainingPlan) -> None:
+        """Go on as another plan says, the module too."""
+        super().follow(plan)
+        self._module.max_grad_norm = plan.max_grad_norm
 
     def _samples(self, parameter: torch.Tensor) -> int:
         norms = getattr(parameter, "_norm_sample", None)

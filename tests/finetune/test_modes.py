@@ -27,7 +27,6 @@ from finetune import (
     training_run,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 ROWS, NOISELESS = 24, 5e-3
 MODES = ("hooks", "ghost")
 

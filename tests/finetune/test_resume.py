@@ -22,8 +22,6 @@ from accountant import Accountant, ReservationError
 from dp import adaptive
 from finetune import CheckpointInvalid, PlanChanged, TrainingPlan, training_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
 
 @pytest.fixture(scope="module")
 def trainers():

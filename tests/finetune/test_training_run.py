@@ -25,7 +25,6 @@ from finetune import (
 from finetune.batches import PoissonSampler
 from finetune.optimizers import secret_generator
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 UNITS = 200
 
 

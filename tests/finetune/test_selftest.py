@@ -1,0 +1,160 @@
+"""The neighboring-batch test finds losses that mix rows, and accuses none that does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from finetune import RowsMixed, check_rows_apart
+
+PAD, VOCABULARY, WIDTH = -100, 20, 32
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Language(nn.Module):
+    """Predicts tokens: embedding, one layer, logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.layer = nn.Linear(8, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, ids):
+        return self.head(self.drop(torch.tanh(self.layer(self.embed(ids)))))
+
+
+def records():
+    """63 short texts and a long one, padded."""
+    found = []
+    for length in (*[2] * 63, WIDTH):
+        ids = torch.randint(0, VOCABULARY, (WIDTH,))
+        labels = torch.full((WIDTH,), PAD)
+        labels[:length] = torch.randint(0, VOCABULARY, (length,))
+        found.append((ids, labels))
+    return found
+
+
+def over_all_tokens(model, batch):
+    """What most language models compute by themselves: the mean over all tokens of the batch."""
+    ids, labels = batch
+    return functional.cross_entropy(model(ids).transpose(1, 2), labels, ignore_index=PAD)
+
+
+def within_each_row(model, batch):
+    ids, labels = batch
+    losses = functional.cross_entropy(
+        model(ids).transpose(1, 2), labels, ignore_index=PAD, reduction="none"
+    )
+    return (losses.sum(1) / (labels != PAD).sum(1).clamp(min=1)).mean()
+
+
+def test_a_mean_over_tokens_is_found():
+    with pytest.raises(RowsMixed, match="mean within each row") as caught:
+        check_rows_apart(Language(), over_all_tokens, records(), leave_out=64)
+    print(f"mean over tokens: the clipped sums are {caught.value.distance:.2f} norms apart")
+    assert caught.value.distance > 1.5
+
+
+def test_a_mean_within_each_row_is_not_accused():
+    assert check_rows_apart(Language(), within_each_row, records(), leave_out=64) <= 1.001
+
+
+class Normed(nn.Module):
+    """Batch statistics by hand, which no list of layers forbids."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, features):
+        hidden = self.inner(features)
+        return self.head((hidden - hidden.mean(0)) / (hidden.std(0) + 1e-3))
+
+
+def mean_loss(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def weighted(model, batch):
+    return functional.cross_entropy(
+        model(batch[0]), batch[1], weight=torch.tensor([0.01, 1.0, 5.0])
+    )
+
+
+def contrastive(model, batch):
+    one = functional.normalize(model(batch[0]), dim=1)
+    two = functional.normalize(model(batch[0].flip(1)), dim=1)
+    return functional.cross_entropy(one @ two.T * 20, torch.arange(len(one)))
+
+
+def summed(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def rows(count=12):
+    return [(torch.randn(4) * (1 + 5 * (n == 3)), torch.tensor(n % 3)) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (Normed(), mean_loss),
+        (nn.Linear(4, 3), weighted),
+        (nn.Linear(4, 3), contrastive),
+        (nn.Linear(4, 3), summed),  # Opacus was told that it is a mean: scaled by the batch
+    ],
+    ids=["batch statistics", "class weights", "in-batch negatives", "a sum"],
+)
+def test_what_mixes_rows_is_found(model, loss):
+    with pytest.raises(RowsMixed):
+        check_rows_apart(model, loss, rows(), leave_out=12)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Linear(4, 3),
+        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)),
+        nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+    ],
+    ids=["linear", "layer norm", "group norm and dropout"],
+)
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_what_keeps_rows_apart_is_not_accused(model, count):
+    assert check_rows_apart(model, mean_loss, rows(count)) <= 1.001
+
+
+def test_tokens_as_rows_are_found():
+    def flattened(model, batch):
+        return functional.cross_entropy(model(batch[0].reshape(-1, 2)), batch[1].repeat(2))
+
+    with pytest.raises(RowsMixed, match="12 rows gave"):
+        check_rows_apart(nn.Linear(2, 3), flattened, rows())
+
+
+def test_nothing_is_changed():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
+    model[0].train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    weights = {name: part.clone() for name, part in model.state_dict().items()}
+    check_rows_apart(model, mean_loss, rows())
+    assert all(torch.equal(part, weights[name]) for name, part in model.state_dict().items())
+    assert [module.training for module in model] == [True, False, False]
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert not model[0]._forward_hooks
+    with pytest.raises(RowsMixed):
+        check_rows_apart(model, contrastive, rows())
+    assert not model[0]._forward_hooks
+
+
+def test_too_few_rows():
+    with pytest.raises(ValueError, match="at least 3 rows, got 2"):
+        check_rows_apart(nn.Linear(4, 3), mean_loss, rows(2))
