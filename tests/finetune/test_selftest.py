@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from finetune import RowsMixed, check_rows_apart
 
-PAD, VOCABULARY, WIDTH = -100, 20, 32
+PAD, VOCABULARY, WIDTH = -100, 20, 300
 
 
 @pytest.fixture(autouse=True)
