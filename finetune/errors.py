@@ -10,6 +10,7 @@
     ├── RowsMixed           a loss in which rows change each other's gradients
     ├── NoGradient          a trainable parameter that the loss does not reach
     ├── NotFinite           a row without a finite gradient, where it cannot be left out
+    ├── PeerFailed          another process of the run could not go on
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
     ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
     ├── PlanChanged         noise, clipping or normaliser are not those of the plan
@@ -61,6 +62,10 @@ class NoGradient(FinetuneError, ValueError):
 
 class NotFinite(FinetuneError, ValueError):
     """A row has no finite gradient, and ghost clipping cannot leave it out; nothing was updated."""
+
+
+class PeerFailed(FinetuneError, RuntimeError):
+    """Another process of a distributed run could not go on; nothing was updated on any."""
 
 
 class WeightsChanged(FinetuneError, RuntimeError):

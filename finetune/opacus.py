@@ -48,13 +48,16 @@ from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from accountant import Accountant, Reservation
 from dp import InvalidParameter, validate
+from finetune import distributed
 from finetune.batches import Counted, PoissonSampler
 from finetune.checkpoints import Checkpoint
+from finetune.distributed import Steps
 from finetune.errors import (
     CheckpointInvalid,
     NotPoissonSampled,
@@ -98,20 +101,26 @@ def training_run(
     """
     plans = (plan,) if isinstance(plan, TrainingPlan) else tuple(plan)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        saved = Checkpoint.read(path)
+    saved = Checkpoint.read(path) if path is not None and path.exists() else None
+
+    def claimed() -> Sequence[Reservation]:
+        if saved is None:
+            return _reserved(accountant, budget, plans, unit, activity)
         saved.check_plans(plans)
         named = {name for _, holds in saved.segments for name, _ in holds}
         if saved.ledger != accountant.ledger or named != {budget}:
-            raise CheckpointInvalid(path, f"it is of {sorted(named)} in ledger {saved.ledger}")
-        reservations = [accountant.adopt(holds, each.event) for each, holds in saved.segments]
-    else:
-        reservations = _reserved(accountant, budget, plans, unit, activity)
-        holds = (reservation.holds for reservation in reservations)
-        saved = Checkpoint(accountant.ledger, tuple(zip(plans, holds, strict=True)))
+            raise CheckpointInvalid(
+                path or Path(), f"it is of {sorted(named)} in ledger {saved.ledger}"
+            )
+        return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
+
+    reservations = distributed.on_rank_0(claimed)
     with ExitStack() as stack:
-        for reservation in reservations:
-            stack.enter_context(reservation)
+        if distributed.rank() == 0:
+            for reservation in reservations:
+                stack.enter_context(reservation)
+            holds = (reservation.holds for reservation in reservations)
+            saved = saved or Checkpoint(accountant.ledger, tuple(zip(plans, holds, strict=True)))
         run = TrainingRun(plans, reservations, path, saved)
         stack.callback(run.stop)
         yield run
@@ -151,11 +160,11 @@ class TrainingRun:
     def __init__(
         self,
         plans: Sequence[TrainingPlan],
-        reservations: Sequence[Reservation],
+        steps: Sequence[Steps],
         path: Path | None,
-        saved: Checkpoint,
+        saved: Checkpoint | None,
     ) -> None:
-        self._segments = tuple(zip(plans, reservations, strict=True))
+        self._segments = tuple(zip(plans, steps, strict=True))
         self._path, self._saved = path, saved
         self._turn = Turn()
         self._loader: DataLoader[Any] | None = None
@@ -170,8 +179,8 @@ class TrainingRun:
         return self._now[0]
 
     @property
-    def reservation(self) -> Reservation:
-        """The steps that the ledger holds for it."""
+    def reservation(self) -> Any:
+        """The steps that the ledger holds for it, a :class:`accountant.Reservation`."""
         return self._now[1]
 
     @property
@@ -180,7 +189,7 @@ class TrainingRun:
         return sum(reservation.remaining for _, reservation in self._segments)
 
     @property
-    def _now(self) -> tuple[TrainingPlan, Reservation]:
+    def _now(self) -> tuple[TrainingPlan, Steps]:
         left = (segment for segment in self._segments if segment[1].remaining)
         return next(left, self._segments[-1])
 
@@ -222,7 +231,10 @@ class TrainingRun:
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")
         _check_model(model, mode)
-        rows = loader.dataset
+        example, rows = loader.dataset[0], loader.dataset
+        if distributed.ranks() > 1:
+            share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
+            rows = Subset(rows, share)
         self._sampler = PoissonSampler(
             len(rows),  # type: ignore[arg-type]
             self.plan.sampling_probability,
@@ -231,7 +243,7 @@ class TrainingRun:
         self._loader = DataLoader(
             rows,
             batch_sampler=self._sampler,
-            collate_fn=Counted(loader.collate_fn, rows[0]),
+            collate_fn=Counted(loader.collate_fn, example),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
@@ -241,11 +253,12 @@ class TrainingRun:
             "turn": self._turn,
             "names": {id(parameter): name for name, parameter in model.named_parameters()},
         }
-        if self._saved.model is not None:
+        if self._saved is not None and self._saved.model is not None:
             model.load_state_dict(self._saved.model)
             optimizer.load_state_dict(self._saved.optimizer or {})
-        elif self._path is not None:
+        elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
+        distributed.same_weights(model.state_dict().values())
         if mode == "ghost":
             self._model = GradSampleModuleFastGradientClipping(
                 model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
@@ -293,12 +306,12 @@ class TrainingRun:
         loader, sampler, optimizer = self._parts(loader, physical)
         rows = iter(loader)
         while self.remaining:
-            plan, reservation = self._now
+            plan, steps = self._now
             if plan is not optimizer.plan:
                 sampler.sampling_probability = plan.sampling_probability
                 optimizer.follow(plan)
                 rows = iter(loader)
-            reservation.mark()
+            distributed.led(steps).mark()
             self._turn.paid, self._turn.last = True, False
             while not self._turn.last:
                 try:
@@ -328,7 +341,9 @@ class TrainingRun:
         model = {
             name.removeprefix("_module."): part for name, part in self._model.state_dict().items()
         }
-        replace(self._saved, model=model, optimizer=self._optimizer.state_dict()).write(self._path)
+        if self._saved is not None and not distributed.rank():
+            state = self._optimizer.state_dict()
+            replace(self._saved, model=model, optimizer=state).write(self._path)
 
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and every hook."""
@@ -364,6 +379,11 @@ class TrainingRun:
 def _check_model(model: nn.Module, mode: str) -> None:
     if mode not in ("hooks", "ghost"):
         raise ValueError(f"mode must be 'hooks' or 'ghost', got {mode!r}")
+    if isinstance(model, DistributedDataParallel):
+        raise UnsupportedModel(
+            "pass the model itself: the guarded optimizer adds up the clipped sums of the ranks,"
+            " and DistributedDataParallel would average raw gradients before"
+        )
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise UnsupportedModel("; ".join(map(str, errors)))

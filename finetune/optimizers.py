@@ -13,6 +13,7 @@ import torch
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch.optim import Optimizer
 
+from finetune import distributed
 from finetune.errors import (
     FinetuneError,
     NoGradient,
@@ -77,14 +78,35 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             self._check()
         except FinetuneError:
             self.drop()
+            distributed.agree(well=False)
             raise
         if not self.turn.rows:
             self._leave_out()
         ready = super().pre_step(closure)
         self.turn.done = True
         if ready:
-            self.turn.paid, self.turn.noised = False, True
+            self.turn.paid = False
+            self._join()
+            self.turn.noised = True
         return ready
+
+    def add_noise(self) -> None:
+        """Add the noise, on one rank of all."""
+        if distributed.rank() == 0:
+            super().add_noise()
+        else:
+            for parameter in self.params:
+                parameter.grad = parameter.summed_grad.clone().view_as(parameter)
+                parameter.summed_grad._processed = True  # noqa: SLF001 - as Opacus marks it
+
+    def _join(self) -> None:
+        """Add up what the ranks have."""
+        try:
+            distributed.agree(well=True)
+        except FinetuneError:
+            self.drop()
+            raise
+        distributed.add_up(parameter.grad for parameter in self.params)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Go on as another plan says."""
