@@ -31,6 +31,7 @@ from epsledger.options import LEDGER as _LEDGER
 from epsledger.options import add_row as _add_row
 from epsledger.options import existing as _existing
 from epsledger.options import shown as _shown
+from epsledger.running import run
 from reports import write_report
 
 
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 main.add_command(ledger)
+main.add_command(run)
 main.add_command(anchor)
 main.add_command(doctor)
 

@@ -6,6 +6,7 @@
 2     the command line is wrong (click's own)
 3     refused: it does not fit the budget
 4     ``verify`` found a contradiction
+5     ``run`` found no guarded run in the script
 ====  ==========================================================
 """
 
@@ -22,6 +23,7 @@ from reports import ReportError
 
 REFUSED = 3
 CONTRADICTION = 4
+UNGUARDED = 5
 
 
 class _Refused(click.ClickException):

@@ -34,6 +34,7 @@ Not covered:
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from accountant import Accountant, Reservation
+from accountant import Accountant, BudgetExceeded, Reservation
 from dp import InvalidParameter, validate
 from finetune import distributed
 from finetune.batches import Counted, PoissonSampler
@@ -66,6 +67,9 @@ from finetune.errors import (
 )
 from finetune.optimizers import GhostOptimizer, Guarded, HooksOptimizer, Turn
 from finetune.plan import TrainingPlan
+from finetune.supervision import Told, tell
+
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -114,7 +118,14 @@ def training_run(
             )
         return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
 
-    reservations = distributed.on_rank_0(claimed)
+    number = next(_numbers)
+    try:
+        reservations = distributed.on_rank_0(claimed)
+    except BudgetExceeded:
+        tell(number, Told(budget, "refused"))
+        raise
+    uses = sum(each.uses for each in reservations)
+    tell(number, Told(budget, "lost", 0, uses))
     with ExitStack() as stack:
         if distributed.rank() == 0:
             for reservation in reservations:
@@ -123,7 +134,12 @@ def training_run(
             saved = saved or Checkpoint(accountant.ledger, tuple(zip(plans, holds, strict=True)))
         run = TrainingRun(plans, reservations, path, saved)
         stack.callback(run.stop)
-        yield run
+        try:
+            yield run
+        except BaseException:
+            tell(number, Told(budget, "left", run.marked, uses))
+            raise
+        tell(number, Told(budget, "ended", run.marked, uses))
 
 
 def _reserved(
@@ -187,6 +203,11 @@ class TrainingRun:
     def remaining(self) -> int:
         """Steps that can still be taken, under all plans."""
         return sum(reservation.remaining for _, reservation in self._segments)
+
+    @property
+    def marked(self) -> int:
+        """Steps that were paid for, under all plans."""
+        return sum(steps.marked for _, steps in self._segments)
 
     @property
     def _now(self) -> tuple[TrainingPlan, Steps]:

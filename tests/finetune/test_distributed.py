@@ -91,7 +91,9 @@ def test_two_ranks_make_the_steps_of_one(ranks, folder):
     assert first["weights"] == second["weights"]
     assert first["start"] == second["start"] == alone["start"]
     # next to no noise: the same clipped sums, whichever rank has the row
-    assert torch.allclose(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), atol=5e-4)
+    assert torch.allclose(
+        torch.tensor(first["weights"]), torch.tensor(alone["weights"]), atol=1.5e-3
+    )
     assert not torch.allclose(
         torch.tensor(first["weights"]), torch.tensor(first["start"]), atol=5e-3
     )

@@ -1,0 +1,82 @@
+"""``epsledger run``: start a training script, and say afterwards what of it was guarded."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from accountant.marks import state_folder
+from epsledger.errors import REFUSED, UNGUARDED
+from epsledger.options import LEDGER, shown
+from finetune.supervision import VARIABLE, heard
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "--name",
+    help="Of the run: no second one of that name runs at the same time on this machine.",
+)
+@LEDGER
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
+    """Start a training script and say afterwards what of it was guarded.
+
+    It gets EPSLEDGER_LEDGER. Nothing is guarded by this: the script does that itself, with
+    finetune.training_run. Exit code 5 if no guarded run was in it, 3 if one was refused, else
+    the script's own.
+    """
+    with tempfile.TemporaryDirectory() as folder, _alone(name):
+        told = Path(folder) / "told"
+        environment = {**os.environ, "EPSLEDGER_LEDGER": ledger, VARIABLE: str(told)}
+        try:
+            status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
+        except OSError as error:
+            raise click.ClickException(f"{command[0]}: {error.strerror}") from error
+        runs = heard(told)
+    for each in runs:
+        words = {
+            "ended": f"{each.marked} of {each.uses} steps paid, the rest returned",
+            "left": f"left by an error: all {each.uses} steps stay spent until it is resumed from"
+            " its checkpoint",
+            "lost": f"its process died: all {each.uses} steps stay spent until it is resumed from"
+            " its checkpoint",
+            "refused": "refused: it does not fit the budget",
+        }[each.outcome]
+        click.echo(f"{shown(ledger)}: budget {each.budget!r}: {words}", err=True)
+    if not runs:
+        click.echo(
+            f"{command[0]}: this run was not guarded: no training_run was entered in it, so nothing"
+            " of it is in the ledger, and nothing is known of its privacy",
+            err=True,
+        )
+        raise click.exceptions.Exit(UNGUARDED)
+    if status and any(each.outcome == "refused" for each in runs):
+        raise click.exceptions.Exit(REFUSED)
+    raise click.exceptions.Exit(status if status >= 0 else 128 - status)
+
+
+@contextmanager
+def _alone(name: str | None) -> Iterator[None]:
+    """Hold the name of the run; a process that dies gives it back."""
+    if name is None:
+        yield
+        return
+    folder = state_folder()
+    if folder is None:
+        raise click.UsageError("--name needs a folder for its lock: give EPSLEDGER_STATE one")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not name.isprintable() or "/" in name:
+        raise click.UsageError(f"--name {name!r} must be printable, without a slash")
+    with (folder / f"{name}.run").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise click.ClickException(f"run {name!r} is running on this machine") from error
+        yield

@@ -1,0 +1,111 @@
+"""``epsledger run``: what it says of scripts that are guarded, refused, killed, or unaware."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from accountant import Accountant
+from dp import adaptive
+
+EPSLEDGER = (sys.executable, "-m", "epsledger")
+SCRIPT = textwrap.dedent("""
+    import os, signal, sys, warnings
+    warnings.simplefilter("ignore")
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+    from accountant import Accountant
+    from finetune import TrainingPlan, training_run
+
+    steps, how = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    rows = TensorDataset(torch.randn(50, 3), torch.randint(0, 2, (50,)))
+    plan = TrainingPlan.for_units(50, expected_batch_size=5, noise_multiplier=1.0, steps=steps)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Accountant.open(os.environ["EPSLEDGER_LEDGER"], create=False) as accountant:
+        with training_run(accountant, "b", plan, unit="row") as run:
+            model, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
+            for number, (x, y) in enumerate(run.batches(loader)):
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if number == 1 and how == "break":
+                    break
+                if number == 1 and how == "raise":
+                    raise SystemExit(7)
+                if number == 1 and how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+""")
+
+
+@pytest.fixture
+def supervised(location, tmp_path):
+    """Run a script under supervision; return exit code and what was said."""
+    with Accountant.open(location) as accountant:
+        accountant.create_budget("b", adaptive(8.0, 1e-5), unit="row")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def run(*command: str, more: tuple[str, ...] = ()) -> tuple[int, str]:
+        command = command or (sys.executable, str(script))
+        done = subprocess.run(
+            [*EPSLEDGER, "run", "--ledger", str(location), *more, "--", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        return done.returncode, done.stderr
+
+    return lambda *arguments, more=(): run(sys.executable, str(script), *arguments, more=more), run
+
+
+def spent(location):
+    with Accountant.open(location) as accountant:
+        return sum(uses for _, uses in accountant.statement("b").spent)
+
+
+@pytest.mark.parametrize(
+    ("steps", "how", "code", "words", "paid"),
+    [
+        ("3", "end", 0, "budget 'b': 3 of 3 steps paid", 3),
+        ("9", "break", 0, "budget 'b': 2 of 9 steps paid, the rest returned", 2),
+        ("9", "raise", 7, "left by an error: all 9 steps stay spent", 9),
+        ("9", "kill", 128 + signal.SIGKILL, "its process died: all 9 steps stay spent", 9),
+        ("99999", "end", 3, "budget 'b': refused: it does not fit", 0),
+    ],
+)
+def test_a_guarded_script(supervised, location, steps, how, code, words, paid):
+    script, _ = supervised
+    found, said = script(steps, how)
+    assert (found, spent(location)) == (code, paid), said
+    assert words in said
+
+
+def test_a_script_that_guards_nothing_fails_though_it_ends_well(supervised):
+    _, run = supervised
+    code, said = run(sys.executable, "-c", "print('trained')")
+    assert code == 5
+    assert "this run was not guarded" in said
+
+
+def test_no_two_runs_of_one_name(supervised, tmp_path):
+    _, run = supervised
+    inner = [*EPSLEDGER, "run", "--name", "n", "--", sys.executable]
+    code, said = run(*inner, "-c", "", more=("--name", "n"))
+    assert code == 5
+    assert "run 'n' is running on this machine" in said
+    assert "running on this machine" not in run(sys.executable, "-c", "", more=("--name", "n"))[1]
+
+
+def test_a_command_that_is_not_there(supervised):
+    _, run = supervised
+    code, said = run("no-such-program")
+    assert code == 1
+    assert "no-such-program: No such file" in said
