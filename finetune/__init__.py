@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import (
     CheckpointInvalid,
+    DeclaredExceeded,
     FinetuneError,
     NoGradient,
     NotFinite,
@@ -20,6 +21,7 @@ from finetune.errors import (
     PlanChanged,
     RowsMixed,
     SkippedStep,
+    UnitIdsInvalid,
     UnitsMixed,
     UnmarkedStep,
     UnsupportedModel,
@@ -30,19 +32,26 @@ from finetune.plan import TrainingPlan, least_noise, most_steps
 if TYPE_CHECKING:
     from finetune.opacus import TrainingRun, training_run
     from finetune.selftest import check_rows_apart
+    from finetune.units import CappedRows, OneRowPerUnit, UnitGuarantee, UnitMap, unit_guarantee
 
 __all__ = [
+    "CappedRows",
     "CheckpointInvalid",
+    "DeclaredExceeded",
     "FinetuneError",
     "NoGradient",
     "NotFinite",
     "NotPoissonSampled",
+    "OneRowPerUnit",
     "PeerFailed",
     "PlanChanged",
     "RowsMixed",
     "SkippedStep",
     "TrainingPlan",
     "TrainingRun",
+    "UnitGuarantee",
+    "UnitIdsInvalid",
+    "UnitMap",
     "UnitsMixed",
     "UnmarkedStep",
     "UnsupportedModel",
@@ -51,13 +60,19 @@ __all__ = [
     "least_noise",
     "most_steps",
     "training_run",
+    "unit_guarantee",
 ]
 
 
 _LAZY = {
+    "CappedRows": "finetune.units",
+    "OneRowPerUnit": "finetune.units",
     "TrainingRun": "finetune.opacus",
+    "UnitGuarantee": "finetune.units",
+    "UnitMap": "finetune.units",
     "check_rows_apart": "finetune.selftest",
     "training_run": "finetune.opacus",
+    "unit_guarantee": "finetune.units",
 }
 
 

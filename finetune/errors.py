@@ -14,6 +14,8 @@
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
     ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
     ├── PlanChanged         noise, clipping or normaliser are not those of the plan
+    ├── UnitIdsInvalid      ids that do not say whose each row is
+    ├── DeclaredExceeded    more units, or rows of one, than declared
     └── CheckpointInvalid   a file that no run can be resumed from, or saved to
 """
 
@@ -104,3 +106,29 @@ class CheckpointInvalid(FinetuneError, ValueError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"checkpoint {path}: {reason}")
         self.path, self.reason = path, reason
+
+
+class UnitIdsInvalid(FinetuneError, ValueError):
+    """The ids do not say which unit each row belongs to.
+
+    Attributes:
+        row: Position of the row, or None.
+        reason: What is wrong, and what to do.
+    """
+
+    def __init__(self, reason: str, row: int | None = None) -> None:
+        super().__init__(reason if row is None else f"row {row}: {reason}")
+        self.row, self.reason = row, reason
+
+
+class DeclaredExceeded(FinetuneError, ValueError):
+    """The data has more than was declared in public; how much more is private and not told.
+
+    Attributes:
+        what: What was counted.
+        declared: The public number.
+    """
+
+    def __init__(self, what: str, declared: int, instead: str) -> None:
+        super().__init__(f"the data has more than the declared {declared} {what}; {instead}")
+        self.what, self.declared = what, declared

@@ -409,6 +409,12 @@ def _check_model(model: nn.Module, mode: str) -> None:
     if errors:
         raise UnsupportedModel("; ".join(map(str, errors)))
     for name, module in model.named_modules():
+        trainable = any(each.requires_grad for each in module.parameters(recurse=False))
+        if trainable and not module.training:
+            raise UnsupportedModel(
+                f"{name or 'the model'} is in evaluation mode, in which no gradients of single rows"
+                " are seen; call model.train() first (from_pretrained leaves models in it)"
+            )
         if getattr(module, "gradient_checkpointing", False) is True:
             raise UnsupportedModel(
                 f"{name or 'the model'} uses gradient checkpointing, under which no gradients of"

@@ -34,8 +34,8 @@ def check_rows_apart(
 ) -> float:
     """Raise if leaving one row out moves the clipped sum by more than the clipping norm.
 
-    Weights and gradients are left as they were. Layers that draw (dropout) are turned to
-    evaluation, for the comparison needs the same draw in both batches.
+    Weights and gradients are left as they were. Dropout is turned off meanwhile: the comparison
+    needs a model that draws nothing.
 
     Args:
         model: Plain, not wrapped by Opacus.
@@ -50,6 +50,7 @@ def check_rows_apart(
 
     Raises:
         RowsMixed: If it is more than 1, or layers saw another number of samples than rows.
+        ValueError: If there are too few rows, or the model draws at random all the same.
 
     >>> rows = [torch.full((1,), float(number)) for number in range(1, 9)]
     >>> line = nn.Linear(1, 1)
@@ -62,13 +63,17 @@ def check_rows_apart(
     if len(rows) < 3:
         raise ValueError(f"it takes at least 3 rows, got {len(rows)}")
     training = {module: module.training for module in model.modules()}
+    dropouts = {
+        module: module.p
+        for module in model.modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - all of them
+    }
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     wrapped = GradSampleModule(model, loss_reduction="mean", strict=False)
     try:
         wrapped.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001 - all of them
-                module.eval()
+        for dropout in dropouts:
+            dropout.p = 0.0  # attention reads it there, too
 
         def of(chosen: list[Any]) -> Tensor:
             """Return the gradients of the rows: (rows, coordinates)."""
@@ -86,6 +91,8 @@ def check_rows_apart(
             return torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)
 
         whole = of(list(rows))
+        if not torch.allclose(whole, of(list(rows)), rtol=1e-3, atol=1e-7):
+            raise ValueError("the model draws at random; turn that off for this check")
         median = whole.norm(dim=1).median().clamp_min(1e-12)
         tried = sorted({round(at) for at in torch.linspace(0, len(rows) - 1, leave_out).tolist()})
         distances = {}
@@ -100,6 +107,8 @@ def check_rows_apart(
         wrapped.remove_hooks()
         for module, mode in training.items():
             module.training = mode
+        for dropout, p in dropouts.items():
+            dropout.p = p
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
     worst = max(distances, key=lambda at: distances[at])

@@ -321,11 +321,19 @@ def test_models_that_cannot_be_trained_are_named_before_a_step(accountant, rows)
     class Checkpointed(torch.nn.Linear):
         gradient_checkpointing = True
 
+    class Frozen(torch.nn.Linear):
+        """As from_pretrained leaves a model."""
+
+        def __init__(self, *size):
+            super().__init__(*size)
+            self.eval()
+
     normed = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
     for model, mode, words in (
         (Tied(), "ghost", r"embed\.weight is tied: 2 modules"),
         (Checkpointed(5, 3), "hooks", "gradient checkpointing"),
         (normed, "hooks", "BatchNorm"),
+        (torch.nn.Sequential(Frozen(5, 3)), "ghost", r"0 is in evaluation mode.*model\.train"),
     ):
         with pytest.raises(UnsupportedModel, match=words):
             run_of(accountant, rows, model, mode)
