@@ -405,9 +405,6 @@ def _check_model(model: nn.Module, mode: str) -> None:
             "pass the model itself: the guarded optimizer adds up the clipped sums of the ranks,"
             " and DistributedDataParallel would average raw gradients before"
         )
-    errors = ModuleValidator.validate(model, strict=False)
-    if errors:
-        raise UnsupportedModel("; ".join(map(str, errors)))
     for name, module in model.named_modules():
         trainable = any(each.requires_grad for each in module.parameters(recurse=False))
         if trainable and not module.training:
@@ -420,6 +417,9 @@ def _check_model(model: nn.Module, mode: str) -> None:
                 f"{name or 'the model'} uses gradient checkpointing, under which no gradients of"
                 " single rows are seen; turn it off and take smaller physical batches"
             )
+    errors = ModuleValidator.validate(model, strict=False)
+    if errors:
+        raise UnsupportedModel("; ".join(map(str, errors)))
     uses = Counter(
         id(parameter)
         for module in model.modules()
