@@ -25,6 +25,7 @@ from finetune.errors import (
     UnitsMixed,
     UnmarkedStep,
     UnsupportedModel,
+    UnsupportedSetting,
     WeightsChanged,
 )
 from finetune.plan import TrainingPlan, least_noise, most_steps
@@ -32,6 +33,7 @@ from finetune.plan import TrainingPlan, least_noise, most_steps
 if TYPE_CHECKING:
     from finetune.opacus import TrainingRun, training_run
     from finetune.selftest import check_rows_apart
+    from finetune.sweeps import Winner, sweep, sweep_event
     from finetune.units import CappedRows, OneRowPerUnit, UnitGuarantee, UnitMap, unit_guarantee
 
 __all__ = [
@@ -55,10 +57,14 @@ __all__ = [
     "UnitsMixed",
     "UnmarkedStep",
     "UnsupportedModel",
+    "UnsupportedSetting",
     "WeightsChanged",
+    "Winner",
     "check_rows_apart",
     "least_noise",
     "most_steps",
+    "sweep",
+    "sweep_event",
     "training_run",
     "unit_guarantee",
 ]
@@ -70,7 +76,10 @@ _LAZY = {
     "TrainingRun": "finetune.opacus",
     "UnitGuarantee": "finetune.units",
     "UnitMap": "finetune.units",
+    "Winner": "finetune.sweeps",
     "check_rows_apart": "finetune.selftest",
+    "sweep": "finetune.sweeps",
+    "sweep_event": "finetune.sweeps",
     "training_run": "finetune.opacus",
     "unit_guarantee": "finetune.units",
 }

@@ -13,6 +13,7 @@
     ├── PeerFailed          another process of the run could not go on
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
     ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
+    ├── UnsupportedSetting  a setting of a trainer under which the guarantee would not hold
     ├── PlanChanged         noise, clipping or normaliser are not those of the plan
     ├── UnitIdsInvalid      ids that do not say whose each row is
     ├── DeclaredExceeded    more units, or rows of one, than declared
@@ -132,3 +133,17 @@ class DeclaredExceeded(FinetuneError, ValueError):
     def __init__(self, what: str, declared: int, instead: str) -> None:
         super().__init__(f"the data has more than the declared {declared} {what}; {instead}")
         self.what, self.declared = what, declared
+
+
+class UnsupportedSetting(FinetuneError, ValueError):
+    """A setting of a trainer under which the guarantee would not hold; nothing was trained.
+
+    Attributes:
+        name: The setting.
+        value: Its value.
+        advice: What to do.
+    """
+
+    def __init__(self, name: str, value: object, advice: str) -> None:
+        super().__init__(f"{name}={value!r} cannot be used under guard: {advice}")
+        self.name, self.value, self.advice = name, value, advice

@@ -48,7 +48,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
-from torch import Tensor, nn
+from torch import Tensor, float32, float64, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
@@ -84,7 +84,8 @@ def training_run(
 ) -> Iterator[TrainingRun]:
     """Reserve a planned run for the length of a ``with`` block; settle what was not run.
 
-    If the block raises, nothing is returned: the whole plan stays spent, unless it is resumed.
+    If the block raises after the first mark, nothing is returned: the whole plan stays spent,
+    unless it is resumed from a checkpoint.
 
     Args:
         accountant: Of the ledger.
@@ -138,6 +139,9 @@ def training_run(
             yield run
         except BaseException:
             tell(number, Told(budget, "left", run.marked, uses))
+            if not run.marked and path is None and not distributed.rank():
+                for reservation in reservations:  # nothing was drawn, and nobody can resume it
+                    reservation.void()
             raise
         tell(number, Told(budget, "ended", run.marked, uses))
 
@@ -203,6 +207,16 @@ class TrainingRun:
     def remaining(self) -> int:
         """Steps that can still be taken, under all plans."""
         return sum(reservation.remaining for _, reservation in self._segments)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all plans."""
+        return sum(plan.steps for plan, _ in self._segments)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file that :meth:`save` writes."""
+        return self._path
 
     @property
     def marked(self) -> int:
@@ -332,6 +346,7 @@ class TrainingRun:
                 sampler.sampling_probability = plan.sampling_probability
                 optimizer.follow(plan)
                 rows = iter(loader)
+            optimizer.drop()  # what is left of a sample that was not finished
             distributed.led(steps).mark()
             self._turn.paid, self._turn.last = True, False
             while not self._turn.last:
@@ -406,8 +421,13 @@ def _check_model(model: nn.Module, mode: str) -> None:
             " and DistributedDataParallel would average raw gradients before"
         )
     for name, module in model.named_modules():
-        trainable = any(each.requires_grad for each in module.parameters(recurse=False))
-        if trainable and not module.training:
+        own = [each for each in module.parameters(recurse=False) if each.requires_grad]
+        if any(each.dtype not in (float32, float64) for each in own):
+            raise UnsupportedModel(
+                f"{name or 'the model'} has trainable weights of {own[0].dtype}, too coarse for"
+                " clipping and noise; keep them in float32 (frozen ones may be smaller)"
+            )
+        if own and not module.training:
             raise UnsupportedModel(
                 f"{name or 'the model'} is in evaluation mode, in which no gradients of single rows"
                 " are seen; call model.train() first (from_pretrained leaves models in it)"

@@ -309,6 +309,35 @@ def test_leaving_in_the_middle_of_a_sample_leaves_no_sum_behind(accountant, rows
     assert accountant.statement("b").activities[0].uses == 1
 
 
+def test_a_sample_that_was_left_half_way_is_not_joined_to_the_next(accountant, rows):
+    """Two samples in one update would move it by twice the clipping norm."""
+    model = network()
+    run, private, guarded, loader, original = run_of(accountant, rows, model, steps=2)
+    original.param_groups[0]["lr"] = 1.0
+    for features, labels in run.batches(loader, physical=10):
+        torch.nn.functional.cross_entropy(private(features), labels).backward()
+        guarded.step()
+        guarded.zero_grad()
+        break
+    for features, labels in run.batches(loader, physical=10):
+        torch.nn.functional.cross_entropy(private(features), labels).backward()
+        guarded.step()
+        guarded.zero_grad()
+    weights = torch.cat([part.detach().flatten() for part in model.parameters()])
+    assert close(weights, by_hand(rows, steps=1))
+
+
+def test_what_is_refused_before_the_first_step_costs_nothing(accountant, rows):
+    half = network().half()
+    with (
+        pytest.raises(UnsupportedModel, match=r"torch\.float16.*keep them in float32"),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        run.make_private(half, torch.optim.SGD(half.parameters(), lr=0.1), DataLoader(rows))
+    assert accountant.statement("b").spent == ()
+    assert accountant.statement("b").open_reservations == ()
+
+
 class Tied(torch.nn.Module):
     def __init__(self):
         super().__init__()

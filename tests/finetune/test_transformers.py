@@ -1,0 +1,695 @@
+"""Hugging Face's Trainer under guard: whole runs of tiny models, with PEFT and without.
+
+Each model is compared with its own loss, one row at a time: with next to no noise the clipped
+sum of a step can be read off the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import IterableDataset, WeightedRandomSampler
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from accountant import Accountant  # noqa: E402
+from dp import adaptive  # noqa: E402
+from finetune import (  # noqa: E402
+    NotPoissonSampled,
+    RowsMixed,
+    TrainingPlan,
+    UnitsMixed,
+    UnmarkedStep,
+    UnsupportedModel,
+    check_rows_apart,
+    training_run,
+)
+from finetune.transformers import UnsupportedSetting, guarded, row_losses  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # of peft
+]
+ROWS, TOKENS, NOISELESS, CLIP = 12, 10, 5e-3, 0.5
+PRIVATE = {"loss", "train_loss", "grad_norm", "total_flos"}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BERT = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def accountant(tmp_path):
+    """A budget in which almost no noise fits."""
+    with Accountant.open(tmp_path / "ledger.db") as accountant:
+        accountant.create_budget("b", adaptive(1e6, 1e-5), unit="row")
+        yield accountant
+
+
+def llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=32)
+    )
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, n_inner=16,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def bert(task="SequenceClassification"):
+    return getattr(transformers, f"BertFor{task}")(transformers.BertConfig(**BERT))
+
+
+def lora(model, task, *targets):
+    config = peft.LoraConfig(r=2, target_modules=list(targets), task_type=task)
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # of zeros, lora_A has no gradient
+    return wrapped
+
+
+MODELS = {
+    "llama lora": lambda: lora(llama(), "CAUSAL_LM", "q_proj", "v_proj"),
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert lora": lambda: lora(bert(), "SEQ_CLS", "query", "value"),
+    "bert": bert,
+}
+
+
+def made(name):
+    torch.manual_seed(1)
+    return MODELS[name]()
+
+
+def rows_for(name, count=ROWS):
+    """Rows whose losses are over 1 to 9 tokens, or one label."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for number in range(count):
+        ids = torch.randint(1, 40, (TOKENS,), generator=generator)
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "bert" in name:
+            rows.append(row | {"label": number % 3})
+        else:
+            labels = ids.clone()
+            labels[2 + number % 9 :] = -100
+            rows.append(row | {"labels": labels})
+    return rows
+
+
+def settings(**changes):
+    values = {
+        "output_dir": "out",
+        "per_device_train_batch_size": 5,
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(**(values | changes))
+
+
+def plan(**changes):
+    values = {
+        "noise_multiplier": NOISELESS,
+        "sampling_probability": 1.0,
+        "steps": 2,
+        "expected_batch_size": ROWS,
+        "max_grad_norm": CLIP,
+    }
+    return TrainingPlan(**(values | changes))
+
+
+def weights(model):
+    return torch.cat([part.detach().flatten() for part in trainable(model)])
+
+
+def trainable(model):
+    return [part for part in model.parameters() if part.requires_grad]
+
+
+def marks(accountant):
+    return sum(each.uses for each in accountant.statement("b").activities)
+
+
+def by_hand(name, steps=2, max_grad_norm=CLIP):
+    """Return the weights after clipped steps with the model's own loss of one row at a time."""
+    model = made(name).train()
+    for _ in range(steps):
+        total = [torch.zeros_like(part) for part in trainable(model)]
+        for row in rows_for(name):
+            inputs = {
+                key.replace("label", "labels").replace("ss", "s"): torch.as_tensor(value)[None]
+                for key, value in row.items()
+            }
+            gradients = torch.autograd.grad(model(**inputs).loss, trainable(model))
+            norm = torch.cat([part.flatten() for part in gradients]).norm()
+            for summed, gradient in zip(total, gradients, strict=True):
+                summed.add_(gradient * min(1.0, max_grad_norm / norm))
+        with torch.no_grad():
+            for weight, summed in zip(trainable(model), total, strict=True):
+                weight.sub_(summed / ROWS)
+    return weights(model)
+
+
+def close(one, other):
+    return torch.allclose(one, other, atol=6 * NOISELESS * CLIP / ROWS * 2)
+
+
+CASES = [
+    (name, mode)
+    for name in MODELS
+    for mode in ("hooks", "ghost")
+    if (name, mode) != ("gpt2", "ghost")
+]  # GPT-2's embeddings are tied, which ghost clipping does not support
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_a_step_is_the_sum_of_clipped_gradients_of_rows(accountant, name, mode):
+    model = made(name)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run, mode=mode)(
+            model=model, args=settings(), train_dataset=rows_for(name)
+        )
+        trainer.train()
+        assert run.remaining == 0
+    assert trainer.state.global_step == marks(accountant) == 2
+    expected = by_hand(name)
+    assert close(weights(model), expected)
+    assert not close(weights(model), by_hand(name, max_grad_norm=0.8 * CLIP))  # it would be seen
+    assert not close(expected, by_hand(name, steps=0))
+
+
+def watched(run, events):
+    """Note marks, updates and what is read of the rows; return a collator and how to stop."""
+    mark = run.reservation.mark
+
+    def marked():
+        mark()
+        events.append("mark")
+
+    def collate(rows):
+        events.append("rows")
+        return transformers.default_data_collator(rows)
+
+    run.reservation.mark = marked
+    hook = register_optimizer_step_post_hook(lambda *_: events.append("update"))
+    return collate, hook.remove
+
+
+def paid_before(events):
+    """Whether each sample is read after a mark of its own, and updated with once."""
+    steps = "".join(event[0] for event in events).split("u")
+    return steps.pop() == "" and all(
+        step.startswith("mr") and step.count("m") == 1 for step in steps
+    )
+
+
+@pytest.mark.parametrize("physical", [2, 50])
+def test_each_sample_is_marked_before_it_is_read(accountant, physical):
+    events, asked = [], plan(sampling_probability=0.4, steps=9)
+    with training_run(accountant, "b", asked, unit="row") as run:
+        collate, stop = watched(run, events)
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"),
+            args=settings(per_device_train_batch_size=physical, num_train_epochs=7),
+            train_dataset=rows_for("llama"),
+            data_collator=collate,
+        )
+        trainer.train()
+        stop()
+    assert events[0] == "rows"  # one row, for its form
+    assert paid_before(events[1:])
+    assert events.count("update") == events.count("mark") == marks(accountant) == 9
+    assert (events.count("rows") > 12) == (physical == 2)
+    assert trainer.state.global_step == 9  # and no number of parts, which is private
+
+
+def test_control_a_callback_pays_too_late(accountant):
+    events = []
+
+    class Pays(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            run.reservation.mark()
+
+    with training_run(accountant, "b", plan(steps=3), unit="row") as run:
+        collate, stop = watched(run, events)
+        Trainer(
+            model=made("llama lora"),
+            args=settings(max_steps=3),
+            train_dataset=rows_for("llama"),
+            data_collator=collate,
+            callbacks=[Pays()],
+        ).train()
+        stop()
+    assert events.count("update") == events.count("mark") == 3
+    assert not paid_before(events)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_samples_without_rows_move_nothing_but_by_noise(accountant, mode):
+    model = made("bert lora")
+    before = weights(model)
+    asked = plan(sampling_probability=1e-9, steps=3)
+    with training_run(accountant, "b", asked, unit="row") as run:
+        guarded(Trainer, run, mode=mode)(
+            model=model,
+            args=settings(),
+            train_dataset=rows_for("bert"),
+            data_collator=lambda rows: transformers.BatchEncoding(
+                transformers.default_data_collator(rows)
+            ),
+        ).train()
+    assert marks(accountant) == 3
+    assert close(weights(model), before)
+    assert not torch.equal(weights(model), before)
+
+
+def logged(trainer, output, said):
+    """Return which names of private numbers appear anywhere."""
+    path = Path("out/checkpoint-2/trainer_state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    entries = [*trainer.state.log_history, *state["log_history"], output.metrics]
+    found = {name for entry in entries for name in entry} | {
+        name for name in PRIVATE if f"'{name}'" in said
+    }
+    return (found | ({"total_flos"} if state["total_flos"] else set())) & PRIVATE
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_no_loss_nor_norm_is_logged(accountant, capsys, mode):
+    rows, args = rows_for("llama"), settings(save_strategy="steps", save_steps=1)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run, mode=mode)(
+            model=made("llama lora"), args=args, train_dataset=rows, eval_dataset=rows
+        )
+        output = trainer.train()
+    assert logged(trainer, output, capsys.readouterr().out) == set()
+    assert math.isnan(output.training_loss)
+    assert trainer.state.log_history[0].keys() == {"learning_rate", "epoch", "step"}
+    assert output.metrics["train_samples_per_second"] == pytest.approx(
+        2 * ROWS / output.metrics["train_runtime"], rel=0.02
+    )
+    assert trainer.evaluate()["eval_loss"] > 0  # of rows that the caller chose
+
+
+def test_control_a_trainer_of_its_own_logs_them(capsys):
+    trainer = Trainer(
+        model=made("llama lora"),
+        args=settings(save_strategy="steps", save_steps=1, max_steps=2),
+        train_dataset=rows_for("llama"),
+    )
+    assert logged(trainer, trainer.train(), capsys.readouterr().out) == PRIVATE
+
+
+SETTINGS = {
+    "gradient_accumulation_steps": 2,
+    "fp16": True,
+    "bf16": True,
+    "n_gpu": 2,
+    "world_size": 2,
+    "gradient_checkpointing": True,
+    "activation_checkpointing": True,
+    "torch_compile": True,
+    "use_liger_kernel": True,
+    "neftune_noise_alpha": 5.0,
+    "auto_find_batch_size": True,
+    "include_num_input_tokens_seen": "all",
+    "train_sampling_strategy": "group_by_length",
+    "optim": "adalomo",
+    "resume_from_checkpoint": "out/checkpoint-1",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_break_the_guarantee_are_named_before_a_step(accountant, monkeypatch, name):
+    model = made("llama lora")
+    before = weights(model)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=model, args=settings(), train_dataset=rows_for("llama")
+        )
+        if isinstance(getattr(TrainingArguments, name, None), property):
+            monkeypatch.setattr(TrainingArguments, name, property(lambda _: SETTINGS[name]))
+        else:
+            setattr(trainer.args, name, SETTINGS[name])
+        with pytest.raises(UnsupportedSetting, match=f"{name}=.* cannot be used") as refusal:
+            trainer.train()
+        assert run.reservation.marked == 0
+    assert (refusal.value.name, refusal.value.value) == (name, SETTINGS[name])
+    assert len(refusal.value.advice) > 10
+    assert torch.equal(weights(model), before)
+
+
+LAUNCHED = {"mixed_precision": "bf16", "distributed_type": "FSDP", "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_settings_of_the_launcher_are_named_before_a_step(accountant, monkeypatch, name):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"), args=settings(), train_dataset=rows_for("llama")
+        )
+        kind = type(trainer.accelerator)
+        monkeypatch.setattr(kind, name, property(lambda _: LAUNCHED[name]))
+        with pytest.raises(UnsupportedSetting, match=f"{name}=.* cannot be used"):
+            trainer.train()
+        assert run.reservation.marked == 0
+
+
+def test_they_are_named_when_a_trainer_is_made(accountant):
+    rows = rows_for("llama")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        with pytest.raises(UnsupportedSetting, match="per_device_train_batch_size"):
+            guarded(Trainer, run)(
+                model=made("llama"),
+                args=settings(gradient_accumulation_steps=4),
+                train_dataset=rows,
+            )
+        with pytest.raises(UnsupportedSetting, match="model_init"):
+            guarded(Trainer, run)(model_init=llama, args=settings(), train_dataset=rows)
+        with pytest.raises(UnsupportedSetting, match=r"training_run\(\.\.\., checkpoint=path\)"):
+            guarded(Trainer, run)(model=llama(), args=settings(), train_dataset=rows).train(
+                resume_from_checkpoint=True
+            )
+        assert run.reservation.marked == 0
+
+
+def test_the_trainer_clips_nothing_and_its_settings_are_left_as_they_were(accountant):
+    class Sees(TrainerCallback):
+        def on_step_end(self, args, *_, **__):
+            seen.append((args.max_grad_norm, args.max_steps))
+
+    seen, args = [], settings(max_grad_norm=1.0)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"),
+            args=args,
+            train_dataset=rows_for("llama"),
+            callbacks=[Sees()],
+        )
+        trainer.train()
+    assert seen == [(0.0, 2)] * 2
+    assert trainer.args is args
+    assert (args.max_grad_norm, args.max_steps) == (1.0, -1)
+
+
+def test_losses_that_may_mix_rows_are_refused(accountant):
+    class Mixes(Trainer):
+        def compute_loss(self, model, inputs, *_, **__):
+            return model(**inputs).loss
+
+    model = made("llama lora")
+    before = weights(model)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        with pytest.raises(UnsupportedSetting, match="compute_loss_func"):
+            guarded(Mixes, run)
+        trainer = guarded(Trainer, run)(
+            model=model,
+            args=settings(),
+            train_dataset=rows_for("llama"),
+            compute_loss_func=lambda outputs, *_, **__: outputs.logits.mean(),
+        )
+        with pytest.raises(UnitsMixed, match=r"5 rows, and losses have the shape \(\)"):
+            trainer.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_a_loss_of_ones_own_by_row(accountant):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    found = []
+    for chosen in (loss, None):
+        model = made("bert")
+        with training_run(accountant, "b", plan(), unit="row") as run:
+            guarded(Trainer, run)(
+                model=model,
+                args=settings(),
+                train_dataset=rows_for("bert"),
+                compute_loss_func=chosen,
+            ).train()
+        found.append(weights(model))
+    assert close(*found)
+
+
+def test_models_that_cannot_be_trained_are_named_before_a_step(accountant):
+    half = made("llama").to(torch.bfloat16)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        with pytest.raises(UnsupportedModel, match=r"dtype=torch\.float32"):
+            guarded(Trainer, run)(model=half, args=settings(), train_dataset=rows_for("llama"))
+        with pytest.raises(UnsupportedModel, match="BertForQuestionAnswering; pass compute_loss_f"):
+            guarded(Trainer, run)(
+                model=bert("QuestionAnswering"), args=settings(), train_dataset=rows_for("bert")
+            )
+        tied = guarded(Trainer, run, mode="ghost")(
+            model=made("gpt2"), args=settings(), train_dataset=rows_for("gpt2")
+        )
+        with pytest.raises(UnsupportedModel, match="is tied"):
+            tied.train()
+        assert run.reservation.marked == 0
+
+
+def test_frozen_weights_may_be_coarse(accountant):
+    model = lora(made("llama").to(torch.bfloat16), "CAUSAL_LM", "q_proj")
+    assert {part.dtype for part in model.parameters()} == {torch.bfloat16, torch.float32}
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        guarded(Trainer, run)(model=model, args=settings(), train_dataset=rows_for("llama")).train()
+    assert marks(accountant) == 2
+
+
+def test_rows_that_cannot_be_poisson_sampled_are_named_before_a_step(accountant):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(rows_for("llama"))
+
+    class Weighs(Trainer):
+        def _get_train_sampler(self, *_):
+            return WeightedRandomSampler([1.0] * ROWS, ROWS)
+
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        for trainer, rows, words in (
+            (Trainer, Stream(), "map-style"),
+            (Weighs, rows_for("llama"), "draws by WeightedRandomSampler"),
+        ):
+            with pytest.raises(NotPoissonSampled, match=words):
+                guarded(trainer, run)(
+                    model=made("llama lora"), args=settings(max_steps=2), train_dataset=rows
+                ).train()
+        assert run.reservation.marked == 0
+
+
+def test_positions_are_looked_up_for_each_row(accountant, monkeypatch):
+    """Without that, a table of positions has one gradient for the batch."""
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("gpt2"), args=settings(), train_dataset=rows_for("gpt2")
+        )
+        monkeypatch.setattr(trainer, "_hook_embeddings", list)
+        with pytest.raises((RuntimeError, UnitsMixed)):
+            trainer.train()
+
+    class Tokens(torch.nn.Module):
+        """Looks up as many positions as there are rows; nothing else would notice."""
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(TOKENS, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, input_ids):
+            return {"logits": self.head(self.table(torch.arange(len(input_ids)))).sum((0, 1))}
+
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=Tokens(),
+            args=settings(),
+            train_dataset=rows_for("llama"),
+            compute_loss_func=lambda outputs, *_, **__: outputs["logits"],
+        )
+        with pytest.raises(UnsupportedModel, match=r"table looks up \(5,\) entries for 5 rows"):
+            trainer.train()
+
+
+def test_fewer_steps_than_planned_and_then_more(accountant):
+    model = made("llama lora")
+    with training_run(accountant, "b", plan(steps=6), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=model, args=settings(max_steps=2), train_dataset=rows_for("llama")
+        )
+        trainer.train()
+        assert run.remaining == 4
+        trainer.args.max_steps = 3
+        assert trainer.train().global_step == 3
+        assert run.remaining == 3
+    assert marks(accountant) == 3  # the others were returned
+    before = weights(model)
+    trainer.args.max_steps = -1
+    with pytest.raises(UnmarkedStep, match="no step of the plan is left"):
+        trainer.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_a_sample_that_was_left_half_way_joins_no_other(accountant):
+    calls = []
+
+    def collate(rows):
+        calls.append(len(rows))
+        if len(calls) == 3:  # of one row for its form, and two parts of the first sample
+            raise OSError("lost")
+        return transformers.default_data_collator(rows)
+
+    model = made("bert")
+    with training_run(accountant, "b", plan(steps=3), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=model, args=settings(), train_dataset=rows_for("bert"), data_collator=collate
+        )
+        with pytest.raises(OSError, match="lost"):
+            trainer.train()
+        trainer.train()
+    assert marks(accountant) == 3
+    assert close(weights(model), by_hand("bert", steps=2))
+
+
+def test_a_run_that_died_goes_on_with_its_schedule(accountant, tmp_path):
+    class Dies(TrainerCallback):
+        def on_step_begin(self, _args, state, *_, **__):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    def rates(checkpoint, *callbacks):
+        args = settings(
+            lr_scheduler_type="linear", optim="adamw_torch", save_strategy="steps", save_steps=2
+        )
+        model = made("llama lora")
+        trainer = None
+        try:
+            asked = plan(steps=8)
+            with training_run(accountant, "b", asked, unit="row", checkpoint=checkpoint) as run:
+                trainer = guarded(Trainer, run)(
+                    model=model, args=args, train_dataset=rows_for("llama"), callbacks=[*callbacks]
+                )
+                trainer.train()
+        except KeyboardInterrupt:
+            pass
+        history = trainer.state.log_history
+        return {each["step"]: each["learning_rate"] for each in history if "learning_rate" in each}
+
+    whole = rates(tmp_path / "whole.pt")
+    assert sorted(whole) == [*range(1, 9)]
+    assert marks(accountant) == 8
+    first = rates(tmp_path / "run.pt", Dies())
+    second = rates(tmp_path / "run.pt")
+    assert sorted(first) == [*range(1, 6)]
+    assert sorted(second) == [7, 8]  # the sixth was marked, and its process died
+    assert {**first, **second} == pytest.approx({k: v for k, v in whole.items() if k != 6})
+    assert marks(accountant) == 16
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert any("lora" in name for name in saved["model"])
+
+
+@pytest.mark.parametrize("name", ["llama lora", "bert"])
+def test_the_model_is_saved_as_ever(accountant, tmp_path, name):
+    model = made(name)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(model=model, args=settings(), train_dataset=rows_for(name))
+        trainer.train()
+        trainer.save_model(tmp_path / "one")
+    model.save_pretrained(tmp_path / "two")
+    for folder in ("one", "two"):
+        if "lora" in name:
+            torch.manual_seed(1)
+            loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / folder, is_trainable=True)
+        else:
+            loaded = type(model).from_pretrained(tmp_path / folder)
+        assert torch.equal(weights(loaded), weights(model))
+
+
+def own_loss(model, inputs):
+    """The model's own, which is the mean over the tokens of the batch."""
+    return model(**inputs).loss
+
+
+@pytest.mark.parametrize(
+    ("model", "labels"),
+    [
+        (gpt2, lambda: torch.randint(0, 40, (1, 6))),
+        (llama, lambda: torch.tensor([[-100, -100, 3, 4, -100, 5]])),
+        (lambda: bert("MaskedLM"), lambda: torch.tensor([[-100, 7, -100, 4, -100, -100]])),
+        (lambda: bert("TokenClassification"), lambda: torch.tensor([[0, 1, 2, -100, 1, 1]])),
+        (bert, lambda: torch.tensor([2])),
+        (bert, lambda: torch.tensor([[1.0, 0.0, 1.0]])),
+        (
+            lambda: transformers.BertForSequenceClassification(
+                transformers.BertConfig(**(BERT | {"num_labels": 1}))
+            ),
+            lambda: torch.tensor([0.3]),
+        ),
+    ],
+)
+def test_the_loss_of_a_row_is_the_model_s_own_of_that_row_alone(model, labels):
+    torch.manual_seed(4)
+    model = model().eval()
+    one, ids = labels(), torch.randint(1, 40, (1, 6))
+    batch = {"input_ids": ids.expand(3, -1), "labels": one.expand(3, *one.shape[1:])}
+    losses = row_losses(model)(model(batch["input_ids"]), batch["labels"])
+    assert losses.shape == (3,)
+    assert torch.allclose(losses, own_loss(model, {"input_ids": ids, "labels": one}), atol=1e-6)
+
+
+def test_smoothed_labels_are_the_trainer_s():
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    torch.manual_seed(5)
+    logits, labels = torch.randn(1, 6, 40), torch.tensor([[3, 1, -100, 4, 5, -100]])
+    found = row_losses(llama(), 0.2)({"logits": logits}, labels)
+    expected = LabelSmoother(0.2)({"logits": logits}, labels, shift_labels=True)
+    assert torch.allclose(found, expected[None])
+
+
+def test_a_row_without_labelled_tokens_has_no_loss():
+    losses = row_losses(llama())({"logits": torch.randn(2, 6, 40)}, torch.full((2, 6), -100))
+    assert losses.tolist() == [0.0, 0.0]
+
+
+def test_rows_are_apart_and_under_the_models_own_loss_they_are_not():
+    model = made("llama lora")
+    rows = rows_for("llama", 10)
+    of_rows = row_losses(model)
+
+    def loss(wrapped, batch):
+        return of_rows(wrapped(input_ids=batch["input_ids"]), batch["labels"]).mean()
+
+    assert check_rows_apart(model, loss, rows) <= 1.001
+    with pytest.raises(RowsMixed):
+        check_rows_apart(model, own_loss, rows)
