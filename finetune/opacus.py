@@ -37,7 +37,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from accountant import Accountant, BudgetExceeded, Reservation
+from accountant import Accountant, AccountantError, BudgetExceeded, Reservation
 from dp import InvalidParameter, validate
 from finetune import distributed
 from finetune.batches import Counted, PoissonSampler
@@ -140,8 +140,9 @@ def training_run(
         except BaseException:
             tell(number, Told(budget, "left", run.marked, uses))
             if not run.marked and path is None and not distributed.rank():
-                for reservation in reservations:  # nothing was drawn, and nobody can resume it
-                    reservation.void()
+                with suppress(AccountantError):  # nothing was drawn, and nobody can resume it
+                    for reservation in reservations:
+                        reservation.void()
             raise
         tell(number, Told(budget, "ended", run.marked, uses))
 
