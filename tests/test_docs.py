@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+from accountant import Accountant
 from dp import (
     ZCDP,
     ApproximateDP,
@@ -35,6 +36,7 @@ from dp import (
     SparseVector,
     TreeAggregation,
     UnsupportedEvent,
+    adaptive,
     planned,
 )
 from dp.costs import cost
@@ -62,6 +64,8 @@ def run(arguments, folder):
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(example, tmp_path):
+    with Accountant.open(tmp_path / "ledger.db") as accountant:  # one of them expects it
+        accountant.create_budget("tickets", adaptive(8.0, 1e-6), unit="row", units=2000)
     done = run([str(example)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
