@@ -50,15 +50,16 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
             "refused": "refused: it does not fit the budget",
         }[each.outcome]
         click.echo(f"{shown(ledger)}: budget {each.budget!r}: {words}", err=True)
-    if not runs:
+    refused = any(each.outcome == "refused" for each in runs)
+    if refused and (status or not any(each.marked for each in runs)):
+        raise click.exceptions.Exit(REFUSED)
+    if not any(each.marked or each.outcome == "lost" for each in runs):
         click.echo(
-            f"{command[0]}: this run was not guarded: no training_run was entered in it, so nothing"
-            " of it is in the ledger, and nothing is known of its privacy",
+            f"{command[0]}: this run was not guarded: no step of a training_run was paid for in it,"
+            " and nothing is known of its privacy",
             err=True,
         )
         raise click.exceptions.Exit(UNGUARDED)
-    if status and any(each.outcome == "refused" for each in runs):
-        raise click.exceptions.Exit(REFUSED)
     raise click.exceptions.Exit(status if status >= 0 else 128 - status)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from finetune.errors import NotPoissonSampled
+
 
 class PoissonSampler(Sampler[list[int]]):
     """Draw each row independently with the same probability, afresh in every step.
@@ -20,22 +22,24 @@ class PoissonSampler(Sampler[list[int]]):
         rows: Number of rows.
         sampling_probability: Of each row in each step; realised to 2**-53.
         steps: Number of samples, empty ones included.
+        most: Most rows of a part; a larger sample comes in several.
 
     Attributes:
-        most: Most rows of a part; a larger sample comes in several.
         last: Whether each part that was drawn, and not taken from here yet, ends its sample.
 
     >>> sampler = PoissonSampler(5, 1.0, 2)
     >>> list(sampler)
     [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-    >>> sampler.most = 2
+    >>> sampler = PoissonSampler(5, 1.0, 2, most=2)
     >>> list(sampler)[:3], list(sampler.last)[:3]
     ([[0, 1], [2, 3], [4]], [False, False, True])
     """
 
-    def __init__(self, rows: int, sampling_probability: float, steps: int) -> None:
+    def __init__(
+        self, rows: int, sampling_probability: float, steps: int, most: int | None = None
+    ) -> None:
         self.rows, self.sampling_probability, self.steps = rows, sampling_probability, steps
-        self.most = max(1, rows)
+        self.most = most or max(1, rows)
         self.last: deque[bool] = deque()
 
     def __len__(self) -> int:
@@ -51,6 +55,23 @@ class PoissonSampler(Sampler[list[int]]):
             for part in range(parts):
                 self.last.append(part == parts - 1)
                 yield sample[part * self.most : (part + 1) * self.most]
+
+
+class Sealed(Sampler[list[int]]):
+    """The sampler of the loader that a run gives out: it says how long it is, and draws nothing."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Refuse: batches that no mark paid for."""
+        raise NotPoissonSampled(
+            "nothing pays for batches that are taken from the loader itself; iterate over"
+            " run.batches(loader)"
+        )
 
 
 class Counted:

@@ -29,7 +29,11 @@ from functools import partial, wraps
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
@@ -209,6 +213,12 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
             and callback.going_to_accumulate_grad_batches()
         ):
             raise UnsupportedSetting("callbacks", type(callback).__name__, _ALLOWED[0][2])
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UnsupportedSetting(
+                "callbacks",
+                type(callback).__name__,
+                "it copies the module while it is guarded; average the weights of saved models",
+            )
     if type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
         raise UnsupportedSetting(
             "configure_gradient_clipping", type(module).__name__, _ALLOWED[1][2]

@@ -34,7 +34,6 @@ Not covered:
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,33 +42,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
-from torch import Tensor, float32, float64, nn
+from torch import Tensor, float32, float64, is_grad_enabled, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 
-from accountant import Accountant, AccountantError, BudgetExceeded, Reservation
+from accountant import Accountant, AccountantError, BudgetExceeded, Reservation, UnitMismatch
 from dp import InvalidParameter, validate
 from finetune import distributed
-from finetune.batches import Counted, PoissonSampler
+from finetune.batches import Counted, PoissonSampler, Sealed
 from finetune.checkpoints import Checkpoint
 from finetune.distributed import Steps
 from finetune.errors import (
     CheckpointInvalid,
     NotPoissonSampled,
     SkippedStep,
+    UnitsMixed,
     UnsupportedModel,
 )
+from finetune.ghost import GhostModule, RowLoss
 from finetune.optimizers import GhostOptimizer, Guarded, HooksOptimizer, Turn
 from finetune.plan import TrainingPlan
-from finetune.supervision import Told, tell
-
-_numbers = itertools.count()
+from finetune.supervision import Told, next_number, tell
 
 
 @contextmanager
@@ -112,6 +116,10 @@ def training_run(
         if saved is None:
             return _reserved(accountant, budget, plans, unit, activity)
         saved.check_plans(plans)
+        kept = accountant.budget(budget)
+        if unit != kept.unit:
+            relation = kept.filter.relation
+            raise UnitMismatch(budget, (kept.unit, relation), (unit, relation))
         named = {name for _, holds in saved.segments for name, _ in holds}
         if saved.ledger != accountant.ledger or named != {budget}:
             raise CheckpointInvalid(
@@ -119,7 +127,7 @@ def training_run(
             )
         return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
 
-    number = next(_numbers)
+    number = next_number()
     try:
         reservations = distributed.on_rank_0(claimed)
     except BudgetExceeded:
@@ -189,7 +197,8 @@ class TrainingRun:
         self._path, self._saved = path, saved
         self._turn = Turn()
         self._loader: DataLoader[Any] | None = None
-        self._sampler: PoissonSampler | None = None
+        self._fresh: Callable[[TrainingPlan, int | None], Any] = lambda *_: None
+        self._round: object = None
         self._model: Any = None
         self._optimizer: Guarded | None = None
         self._hooks: list[Any] = []
@@ -266,28 +275,24 @@ class TrainingRun:
             )
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")
+        if self._optimizer is not None:
+            raise TypeError("this run has its model; start another run for another one")
         _check_model(model, mode)
         example, rows = loader.dataset[0], loader.dataset
         if distributed.ranks() > 1:
             share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
             rows = Subset(rows, share)
-        self._sampler = PoissonSampler(
-            len(rows),  # type: ignore[arg-type]
-            self.plan.sampling_probability,
-            self.remaining,
-        )
-        self._loader = DataLoader(
+        self._fresh = lambda plan, most: _loader(
+            loader,
             rows,
-            batch_sampler=self._sampler,
-            collate_fn=Counted(loader.collate_fn, example),
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
+            PoissonSampler(len(rows), plan.sampling_probability, plan.steps, most),  # type: ignore[arg-type]
+            Counted(loader.collate_fn, example),
         )
+        self._loader = _loader(loader, rows, Sealed(self.steps), loader.collate_fn)
         more: dict[str, Any] = {
             "plan": self.plan,
             "turn": self._turn,
-            "names": {id(parameter): name for name, parameter in model.named_parameters()},
+            "parameters": dict(model.named_parameters()),
         }
         if self._saved is not None and self._saved.model is not None:
             model.load_state_dict(self._saved.model)
@@ -296,7 +301,7 @@ class TrainingRun:
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())
         if mode == "ghost":
-            self._model = GradSampleModuleFastGradientClipping(
+            self._model = GhostModule(
                 model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
             )
             self._optimizer = GhostOptimizer(optimizer, module=self._model, **more)
@@ -307,6 +312,11 @@ class TrainingRun:
             each.register_post_accumulate_grad_hook(self._drop_gradient)  # type: ignore[no-untyped-call]
             for each in model.parameters()
             if each.requires_grad
+        ]
+        self._hooks += [
+            module.register_forward_pre_hook(self._check_rows)
+            for module in model.modules()
+            if any(each.requires_grad for each in module.parameters(recurse=False))
         ]
         return self._model, self._optimizer, self._loader
 
@@ -321,10 +331,7 @@ class TrainingRun:
         """
         if not isinstance(self._optimizer, GhostOptimizer):
             return criterion
-        loss: Callable[..., Any] = DPLossFastGradientClipping(
-            self._model, self._optimizer, criterion, "mean"
-        )
-        return loss
+        return RowLoss(self._model, self._optimizer, criterion, lambda: max(1, self._turn.rows))
 
     def batches(self, loader: DataLoader[Any], *, physical: int | None = None) -> Iterator[Any]:
         """Yield batches until the plan's steps are taken; each step is marked durably before.
@@ -339,31 +346,36 @@ class TrainingRun:
             NotPoissonSampled: If it is another loader.
             SkippedStep: If a batch got no optimizer step.
         """
-        loader, sampler, optimizer = self._parts(loader, physical)
-        rows = iter(loader)
+        optimizer, most = self._parts(loader, physical)
+        self._round = now = object()
+        rows: Iterator[Any] = iter(())
+        sampler, plan = PoissonSampler(0, 0.0, 0), None
         while self.remaining:
-            plan, steps = self._now
-            if plan is not optimizer.plan:
-                sampler.sampling_probability = plan.sampling_probability
-                optimizer.follow(plan)
-                rows = iter(loader)
+            if self._now[0] is not plan:
+                plan = self._now[0]
+                if plan is not optimizer.plan:
+                    optimizer.follow(plan)
+                fresh = self._fresh(plan, most)
+                sampler, rows = fresh.batch_sampler, iter(fresh)
             optimizer.drop()  # what is left of a sample that was not finished
-            distributed.led(steps).mark()
+            distributed.led(self._now[1]).mark()
             self._turn.paid, self._turn.last = True, False
             while not self._turn.last:
-                try:
-                    count, batch = next(rows)
-                except StopIteration:  # an earlier call drew some of the sampler's steps
-                    rows = iter(loader)
-                    count, batch = next(rows)
+                count, batch = next(rows)
+                optimizer.forget()
                 self._turn.rows, self._turn.last = count, sampler.last.popleft()
                 self._turn.done = False
                 yield batch
+                if self._round is not now:
+                    raise NotPoissonSampled(
+                        "another loop over run.batches began meanwhile; use one at a time"
+                    )
                 if not self._turn.done:
                     raise SkippedStep(
                         "the last batch got no optimizer step; take one for every batch, whatever"
                         " its loss, and for empty ones too"
                     )
+                optimizer.check_weights()
 
     def save(self) -> None:
         """Write weights and optimizer state to the run's checkpoint, between two steps.
@@ -391,26 +403,59 @@ class TrainingRun:
         if self._optimizer is not None:
             self._optimizer.release()
             self._model.remove_hooks()
+            self._model._per_sample_gradient_norms = None  # noqa: SLF001
+            for module in self._model.modules():
+                module.__dict__.pop("activations", None)
+                module.__dict__.pop("max_batch_len", None)
 
-    def _parts(
-        self, loader: DataLoader[Any], physical: int | None
-    ) -> tuple[DataLoader[Any], PoissonSampler, Guarded]:
-        sampler = loader.batch_sampler
-        if isinstance(sampler, BatchSplittingSampler) and sampler.sampler is self._sampler:
-            physical, loader = physical or sampler.max_batch_size, self._loader or loader
-        if loader is not self._loader or self._sampler is None or self._optimizer is None:
+    def _parts(self, loader: DataLoader[Any], physical: int | None) -> tuple[Guarded, int | None]:
+        sampler, own = loader.batch_sampler, self._loader
+        if (
+            own is not None
+            and isinstance(sampler, BatchSplittingSampler)
+            and sampler.sampler is own.batch_sampler
+        ):
+            physical, loader = physical or sampler.max_batch_size, own
+        if loader is not own or self._optimizer is None:
             raise NotPoissonSampled(
                 "these batches are not the Poisson samples that were priced; iterate over the"
                 " loader that make_private returned (a shuffled loader has no amplification)"
             )
-        if physical is not None:
-            self._sampler.most = validate.count(physical=physical)
-        return loader, self._sampler, self._optimizer
+        return self._optimizer, None if physical is None else validate.count(physical=physical)
 
     def _drop_gradient(self, parameter: Tensor) -> None:
         """Keep nothing but what ghost clipping sums in its second pass, with hooks disabled."""
         if not isinstance(self._optimizer, GhostOptimizer) or self._model.hooks_enabled:
             parameter.grad = None
+        else:
+            self._optimizer.keep(parameter)
+
+    def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Raise if a layer that is trained sees anything else than the rows of the batch."""
+        rows = max(1, self._turn.rows)
+        if not (module.training and is_grad_enabled() and self._turn.paid):
+            return
+        for each in inputs:
+            if isinstance(each, Tensor) and each.shape[:1] != (rows,):
+                raise UnitsMixed(
+                    f"a {type(module).__name__} that is trained got an input of shape"
+                    f" {tuple(each.shape)} in a batch of {rows} rows: gradients of single rows can"
+                    " only be told apart where rows are the first dimension of every input"
+                )
+
+
+def _loader(
+    of: DataLoader[Any], rows: Any, sampler: Sampler[list[int]], collate: Callable[..., Any]
+) -> DataLoader[Any]:
+    """Return a loader of these rows that is otherwise like another."""
+    return DataLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=of.num_workers,
+        pin_memory=of.pin_memory,
+        worker_init_fn=of.worker_init_fn,
+    )
 
 
 def _check_model(model: nn.Module, mode: str) -> None:
@@ -432,6 +477,14 @@ def _check_model(model: nn.Module, mode: str) -> None:
             raise UnsupportedModel(
                 f"{name or 'the model'} is in evaluation mode, in which no gradients of single rows"
                 " are seen; call model.train() first (from_pretrained leaves models in it)"
+            )
+        if module.training and (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - all of them
+            or getattr(module, "track_running_stats", False)
+        ):
+            raise UnsupportedModel(
+                f"{name or 'the model'} is a {type(module).__name__}: batch statistics mix rows"
+                " and are kept without noise; use GroupNorm or LayerNorm, or put it in eval()"
             )
         if getattr(module, "gradient_checkpointing", False) is True:
             raise UnsupportedModel(

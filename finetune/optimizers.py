@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from finetune.errors import (
     PlanChanged,
     UnitsMixed,
     UnmarkedStep,
+    UnsupportedSetting,
     WeightsChanged,
 )
 from finetune.plan import TrainingPlan
@@ -53,7 +54,12 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, plan: TrainingPlan, turn: Turn, names: dict[int, str]
+        self,
+        optimizer: Optimizer,
+        *,
+        plan: TrainingPlan,
+        turn: Turn,
+        parameters: dict[str, torch.nn.Parameter],
     ) -> None:
         device = optimizer.param_groups[0]["params"][0].device
         super().__init__(
@@ -64,8 +70,9 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             loss_reduction="mean",
             generator=secret_generator(device),
         )
-        self.plan, self.turn, self._names = plan, turn, names
-        self._versions: list[int] = []
+        self.plan, self.turn = plan, turn
+        self._parameters = parameters
+        self._weights: tuple[tuple[bool, int], ...] = ()
         self._hooks = [
             optimizer.register_step_pre_hook(self._check_update),
             optimizer.register_step_post_hook(self._updated),
@@ -73,22 +80,42 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self._updated()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Check and clip; at the end of a sample add noise and return True, for the update."""
+        """Check and clip; at the end of a sample add noise and return True, for the update.
+
+        The mark is used up before any noise is drawn: whatever fails afterwards, a second try
+        would be a second release.
+        """
         try:
             self._check()
         except FinetuneError:
             self.drop()
             distributed.agree(well=False)
             raise
-        if not self.turn.rows:
-            self._leave_out()
-        ready = super().pre_step(closure)
-        self.turn.done = True
-        if ready:
-            self.turn.paid = False
-            self._join()
-            self.turn.noised = True
+        self.turn.done, self.step_hook = True, None
+        self.turn.paid = not self.turn.last
+        try:
+            if not self.turn.rows:
+                self._leave_out()
+            ready = super().pre_step(closure)
+            if ready:
+                self._join()
+        except BaseException:
+            self.drop()
+            raise
+        self.turn.noised = bool(ready)
         return ready
+
+    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> NoReturn:
+        """Refuse: a hook would see noised gradients, and could make them released twice."""
+        raise UnsupportedSetting(
+            "step_hook", getattr(fn, "__name__", fn), "look at the weights after the step instead"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a guarded optimizer is not copied: copy the model, or use run.save()")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__reduce__()
 
     def add_noise(self) -> None:
         """Add the noise, on one rank of all."""
@@ -101,11 +128,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
 
     def _join(self) -> None:
         """Add up what the ranks have."""
-        try:
-            distributed.agree(well=True)
-        except FinetuneError:
-            self.drop()
-            raise
+        distributed.agree(well=True)
         distributed.add_up(parameter.grad for parameter in self.params)
 
     def follow(self, plan: TrainingPlan) -> None:
@@ -115,9 +138,17 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.expected_batch_size = plan.expected_batch_size
 
     def drop(self) -> None:
-        """Drop every gradient, clipped sums before noise too."""
+        """Drop every gradient and norm, clipped sums before noise too."""
         self._is_last_step_skipped = False
         self.zero_grad(set_to_none=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what a backward pass left for single rows."""
+        for parameter in self._parameters.values():
+            for name in ("grad_sample", "_norm_sample", "_current_grad_sample"):
+                if getattr(parameter, name, None) is not None:
+                    setattr(parameter, name, None)
 
     def release(self) -> None:
         """Give the wrapped optimizer back as it was."""
@@ -138,11 +169,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
                 "no durable mark pays for this step; take one optimizer step for each batch"
                 " that run.batches yields"
             )
-        if self._versions != [parameter._version for parameter in self.params]:  # noqa: SLF001
-            raise WeightsChanged(
-                "weights were changed since the last step by something else than this optimizer;"
-                " whatever it learned from is not accounted for"
-            )
+        self.check_weights()
         samples = {self._samples(parameter) for parameter in self.params}
         if samples != {max(1, self.turn.rows)}:
             raise UnitsMixed(
@@ -150,6 +177,22 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
                 f" {sorted(samples)} samples; each row needs one gradient, so keep rows as the"
                 " first dimension and do not cut them in pieces"
             )
+
+    def check_weights(self) -> None:
+        """Raise if something else than this optimizer changed weights, or what is trained.
+
+        Raises:
+            WeightsChanged: If so.
+        """
+        if self._weights != self._now():
+            raise WeightsChanged(
+                "weights, or which of them are trained, were changed since the last step by"
+                " something else than this optimizer; what that learned from is not accounted for"
+            )
+
+    def _now(self) -> tuple[tuple[bool, int], ...]:
+        every = self._parameters.values()
+        return tuple((each.requires_grad, each._version) for each in every)  # noqa: SLF001
 
     def _samples(self, parameter: torch.Tensor) -> int:
         """Return how many samples a parameter has gradients, or their norms, of."""
@@ -160,8 +203,9 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         raise NotImplementedError
 
     def _missing(self, parameter: torch.Tensor, way: str) -> NoGradient:
+        names = (name for name, each in self._parameters.items() if each is parameter)
         return NoGradient(
-            f"{self._names.get(id(parameter), 'a parameter')} got no gradient {way}; freeze it"
+            f"{next(names, 'a parameter')} got no gradient {way}; freeze it"
             " with requires_grad_(False), or let the loss depend on it"
         )
 
@@ -175,7 +219,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.turn.noised = False
 
     def _updated(self, *_: object) -> None:
-        self._versions = [parameter._version for parameter in self.params]  # noqa: SLF001
+        self._weights = self._now()
 
 
 class HooksOptimizer(Guarded):
@@ -216,6 +260,25 @@ class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[
     def __init__(self, optimizer: Optimizer, *, module: Any, **others: Any) -> None:
         super().__init__(optimizer, **others)
         self._module = module
+        self._sums: dict[int, torch.Tensor] = {}
+
+    def keep(self, parameter: torch.Tensor) -> None:
+        """Keep the sum that a second backward pass left, whatever becomes of the gradient."""
+        if parameter.grad is not None:
+            self._sums[id(parameter)] = parameter.grad.detach().clone()
+
+    def accumulate(self) -> None:
+        """Add what was kept of this part to the parts before."""
+        for parameter in self.params:
+            kept = self._sums.pop(id(parameter))
+            before = parameter.summed_grad
+            parameter.summed_grad = kept if before is None else before.add_(kept)
+
+    def forget(self) -> None:
+        """Drop what a backward pass left for single rows, and let the next one begin anew."""
+        super().forget()
+        self._sums.clear()
+        self._module.enable_hooks()
 
     def follow(self, plan: TrainingPlan) -> None:
         """Go on as another plan says, the module too."""
@@ -224,11 +287,12 @@ class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[
 
     def _samples(self, parameter: torch.Tensor) -> int:
         norms = getattr(parameter, "_norm_sample", None)
-        if norms is None or parameter.grad is None:
+        kept = self._sums.get(id(parameter))
+        if norms is None or kept is None or not self._module.hooks_enabled:
             raise self._missing(
                 parameter, "from a loss of run.criterion(...), which ghost clipping needs"
             )
-        if not parameter.grad.isfinite().all():
+        if not kept.isfinite().all():
             raise NotFinite(
                 "a row's gradient is not finite, and ghost clipping cannot leave the row out;"
                 " use mode='hooks', where it counts as zero"
@@ -237,7 +301,7 @@ class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[
 
     def _leave_out(self) -> None:
         for parameter in self.params:
-            parameter.grad = torch.zeros_like(parameter)
+            self._sums[id(parameter)] = torch.zeros_like(parameter)
 
 
 def secret_generator(device: torch.device) -> torch.Generator:

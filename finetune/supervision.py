@@ -7,11 +7,20 @@ line was not guarded, whatever else it did.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "EPSLEDGER_SUPERVISED"
+
+
+_numbers = itertools.count()
+
+
+def next_number() -> int:
+    """Return a number for one more run in this process."""
+    return next(_numbers)
 
 
 @dataclass(frozen=True, slots=True)

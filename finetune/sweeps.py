@@ -57,7 +57,7 @@ from typing import Generic, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from accountant import Accountant, Receipt, ReservationError
+from accountant import Accountant, BudgetExceeded, Receipt, ReservationError
 from accountant.forks import process
 from dp import (
     Composed,
@@ -71,6 +71,7 @@ from finetune.distributed import ranks
 from finetune.errors import SkippedStep
 from finetune.opacus import TrainingRun
 from finetune.plan import TrainingPlan
+from finetune.supervision import Told, next_number, tell
 
 Settings = TypeVar("Settings")
 Release = TypeVar("Release")
@@ -213,13 +214,19 @@ def sweep(
     event = sweep_event(candidates, select, score_event=score_event)
     if ranks() > 1:
         raise InvalidParameter("processes", ranks(), "1: each would draw a K of its own")
-    receipt = accountant.charge(
-        budget,
-        event,
-        unit=unit,
-        activity=activity,
-        note=f"DP-SGD: best of a secret number of trials, candidates={len(candidates)}",
-    )
+    number = next_number()
+    try:
+        receipt = accountant.charge(
+            budget,
+            event,
+            unit=unit,
+            activity=activity,
+            note=f"DP-SGD: best of a secret number of trials, candidates={len(candidates)}",
+        )
+    except BudgetExceeded:
+        tell(number, Told(budget, "refused"))
+        raise
+    tell(number, Told(budget, "ended", 1, 1))  # once: what is told must not depend on K
     best: Winner[Settings, Release] | None = None
     try:
         for _ in repeat(None, _number(event)):  # no variable that a traceback would show
@@ -239,6 +246,9 @@ def sweep(
                 reached = -math.inf
             if best is None or reached > best.score:
                 best = Winner(plan, settings, reached, release)
+    except BaseException:
+        best = release = run = None  # type: ignore[assignment] # a traceback shows locals
+        raise
     finally:
         _seed_afresh()
     return best

@@ -67,12 +67,13 @@ def guarded(
         UnsupportedSetting: If the class computes a loss of its own. Making or training one of the
             class raises it for settings under which the guarantee would not hold.
     """
-    if trainer.compute_loss is not Trainer.compute_loss:
-        raise UnsupportedSetting(
-            "compute_loss",
-            trainer.compute_loss.__qualname__,
-            "it may mix rows; pass compute_loss_func=..., which returns one loss for each row",
-        )
+    for name in ("compute_loss", "training_step", "_inner_training_loop", "_prepare_inputs"):
+        if getattr(trainer, name) is not getattr(Trainer, name):
+            raise UnsupportedSetting(
+                name,
+                getattr(trainer, name).__qualname__,
+                "it may mix rows; pass compute_loss_func=..., which returns one loss for each row",
+            )
     return type(f"Guarded{trainer.__name__}", (GuardedTrainer, trainer), {"run": run, "mode": mode})
 
 
@@ -154,6 +155,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         if self._optimizer is None:
             plain = super().create_optimizer(*args, **kwargs)
             assert self._plain is not None  # noqa: S101 - the Trainer asks for its loader first
+            self.model.train()  # as the Trainer does before each step; from_pretrained does not
             _, self._optimizer, self._samples = self.run.make_private(
                 self.model, plain, self._plain, mode=self.mode
             )
@@ -193,6 +195,13 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         features = dict(inputs)
         labels = features.pop("labels", None)
+        mask = features.get("attention_mask")
+        left = isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all()
+        if left and "position_ids" not in features:
+            raise UnitsMixed(
+                "rows are padded on the left, so the longest row of a batch shifts the positions of"
+                " the others; pad on the right, or pass position_ids"
+            )
         outputs = model(**features)
         losses = self._row_losses(outputs, labels)
         rows = max(1, self._optimizer.turn.rows)
@@ -228,7 +237,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
     def _hook_embeddings(self) -> list[Any]:
         """Look positions up once for each row, where a model does so once for the batch."""
         return [
-            module.register_forward_pre_hook(partial(self._each_row, name))
+            module.register_forward_pre_hook(partial(self._each_row, name), prepend=True)
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding) and module.weight.requires_grad
         ]

@@ -210,9 +210,11 @@ def _checked_id(value: Any, row: int, kinds: set[type]) -> Hashable:
             " use a text or a whole number",
             row,
         )
-    kinds.add(type(plain))
+    if any(isinstance(part, float) for part in parts):
+        raise UnitIdsInvalid("its unit id is a float, and two may round to one", row)
+    kinds.add(type(plain) if plain is not parts else tuple(map(type, parts)))  # type: ignore[arg-type]
     if len(kinds) > 1:
-        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        names = " and ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds))
         raise UnitIdsInvalid(f"ids are of types {names}; 7 and '7' would be two units", row)
     return cast(Hashable, plain)
 
@@ -458,4 +460,4 @@ def _product(size: int, epsilon: float) -> float:
 
 
 def _up(epsilon: float) -> str:
-    return f"{math.ceil(epsilon * 1e4) / 1e4:g}"
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}".rstrip("0").rstrip(".")

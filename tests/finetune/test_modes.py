@@ -23,9 +23,11 @@ from finetune import (
     UnitsMixed,
     UnmarkedStep,
     UnsupportedModel,
+    UnsupportedSetting,
     WeightsChanged,
     training_run,
 )
+from finetune.ghost import linear_norms
 
 ROWS, NOISELESS = 24, 5e-3
 MODES = ("hooks", "ghost")
@@ -195,8 +197,9 @@ def test_tokens_for_rows_change_no_weight(accountant, mode):
     run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
     criterion = run.criterion(torch.nn.CrossEntropyLoss())
     features, labels = next(run.batches(loader))
-    criterion(private(features.reshape(-1, 5)), labels.reshape(-1)).backward()
-    with pytest.raises(UnitsMixed, match="samples"):
+    with pytest.raises(UnitsMixed, match=r"shape \(192, 5\) in a batch of 24 rows"):
+        criterion(private(features.reshape(-1, 5)), labels.reshape(-1)).backward()
+    with pytest.raises(NoGradient):
         guarded.step()
     assert untouched(model, before)
 
@@ -221,14 +224,18 @@ def test_a_language_loss_by_row_in_ghost_mode(accountant):
     assert close(*found)
 
 
-def test_a_hook_that_a_script_attaches_overwrites_nothing(accountant, rows):
-    model = network()
+def test_a_hook_of_a_script_is_refused_and_one_by_force_is_not_called(accountant, rows):
+    """It would see a noised sum, and by raising could have a second one drawn for one mark."""
+    model, seen = network(), []
     run, private, guarded, loader, _ = run_of(accountant, rows, model, steps=1)
-    guarded.attach_step_hook(lambda _: None)
+    with pytest.raises(UnsupportedSetting, match="step_hook"):
+        guarded.attach_step_hook(seen.append)
+    guarded.step_hook = seen.append
     features, labels = next(batches := run.batches(loader))
     torch.nn.functional.cross_entropy(private(features), labels).backward()
     guarded.step()
     guarded.zero_grad()
+    assert seen == []
     assert list(batches) == []
     torch.nn.functional.cross_entropy(private(features), labels).backward()
     with pytest.raises(UnmarkedStep):
@@ -336,6 +343,176 @@ def test_what_is_refused_before_the_first_step_costs_nothing(accountant, rows):
         run.make_private(half, torch.optim.SGD(half.parameters(), lr=0.1), DataLoader(rows))
     assert accountant.statement("b").spent == ()
     assert accountant.statement("b").open_reservations == ()
+
+
+# --- what a review broke --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "criterion", [torch.nn.functional.cross_entropy, lambda a, b: (a.sum(1) - b).square().mean()]
+)
+def test_a_function_cannot_be_the_loss_of_ghost_clipping(accountant, rows, criterion):
+    """It ignores that it is to return a loss for each row, and nothing would be clipped."""
+    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
+    features, labels = next(run.batches(loader))
+    with pytest.raises(UnitsMixed, match="one number for each of 24 rows"):
+        run.criterion(criterion)(private(features), labels)
+
+
+def test_flattened_tokens_without_a_shape_are_no_rows(accountant):
+    rows = TensorDataset(torch.randn(ROWS, 8, 5), torch.randint(0, 3, (ROWS, 8)))
+    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
+    features, labels = next(run.batches(loader, physical=1))
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    with pytest.raises(UnitsMixed, match=r"shape \(8,\)"):
+        criterion(private(features).view(-1, 3), labels.view(-1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_second_noise_is_drawn_for_one_mark(accountant, rows, mode, monkeypatch):
+    """Whatever fails after the noise: the mark is used up, and nothing stays."""
+    model = network()
+    before = copy.deepcopy(list(model.parameters()))
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    features, labels = next(run.batches(loader))
+    monkeypatch.setattr(guarded, "scale_grad", lambda: 1 / 0)
+    criterion(private(features), labels).backward()
+    with pytest.raises(ZeroDivisionError):
+        guarded.step()
+    monkeypatch.undo()
+    assert all(part.grad is None and part.summed_grad is None for part in model.parameters())
+    criterion(private(features), labels).backward()
+    with pytest.raises(UnmarkedStep):
+        guarded.step()
+    assert untouched(model, before)
+
+
+def test_norms_of_an_earlier_batch_pay_for_no_other(accountant, rows, monkeypatch):
+    """A second backward pass that failed, in which Opacus leaves its hooks disabled."""
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, "ghost")
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    features, labels = next(run.batches(loader))
+    monkeypatch.setattr(private, "enable_hooks", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        criterion(private(features), labels).backward()
+    monkeypatch.undo()
+    with pytest.raises(NoGradient):
+        guarded.step()
+    features, labels = next(run.batches(loader))
+    assert private.hooks_enabled
+    assert all(getattr(part, "_norm_sample", None) is None for part in model.parameters())
+
+
+def test_batch_statistics_without_weights_are_refused_too(accountant, rows):
+    for layer in (
+        torch.nn.BatchNorm1d(5, affine=False),
+        torch.nn.BatchNorm1d(5).requires_grad_(False),
+    ):
+        model = torch.nn.Sequential(layer, torch.nn.Linear(5, 3))
+        with pytest.raises(UnsupportedModel, match="batch statistics"):
+            run_of(accountant, rows, model)
+        layer.eval()
+        run_of(accountant, rows, model)
+
+
+def test_a_layer_that_is_thawed_is_not_trained_on_raw_gradients(accountant, rows):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with (
+        pytest.raises(WeightsChanged),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        private, guarded, loader = run.make_private(model, optimizer, DataLoader(rows))
+        for features, labels in run.batches(loader):
+            model[0].requires_grad_(True)
+            torch.nn.functional.cross_entropy(private(features), labels).backward()
+            guarded.step()
+            second.step()
+
+
+def test_a_layer_of_rows_and_of_something_else_is_refused(accountant, rows):
+    """What the rows do to prototypes would be put into the places of the first rows."""
+    model = network()
+    run, private, _, loader, _ = run_of(accountant, rows, model)
+    features, _ = next(run.batches(loader))
+    with pytest.raises(UnitsMixed, match=r"shape \(3, 5\) in a batch of 24 rows"):
+        private(features) @ private(torch.randn(3, 5)).T
+
+
+def test_the_norm_of_tokens_that_cancel_is_not_too_small():
+    layer = torch.nn.Linear(2, 1)
+    into = torch.tensor([[[1e6, 1.0], [1e6, -1.0]]])
+    back = torch.tensor([[[1.0], [-1.0]]])
+    found = linear_norms(layer, [into], back)
+    exact = (back.double().mT @ into.double()).norm()
+    assert exact <= found[layer.weight].item() <= exact * 1.01 + 1e2
+    assert found[layer.bias].item() >= 0
+    for _ in range(200):
+        into, back = torch.randn(3, 7, 4) * 10 ** torch.randn(3, 7, 1), torch.randn(3, 7, 5)
+        layer = torch.nn.Linear(4, 5)
+        exact = (back.double().mT @ into.double()).flatten(1).norm(dim=1)
+        norms = linear_norms(layer, [into], back)[layer.weight]
+        assert (norms >= exact.float() * (1 - 1e-6)).all()
+        assert (norms <= exact * 1.01 + 1e-3).all()
+
+
+def test_nothing_comes_from_the_loader_itself(accountant, rows):
+    run, _, _, loader, _ = run_of(accountant, rows, network())
+    with pytest.raises(NotPoissonSampled, match=r"run\.batches\(loader\)"):
+        next(iter(loader))
+    assert len(loader) == 2
+    first, second = run.batches(loader), run.batches(loader)
+    next(first)
+    next(second)
+    with pytest.raises(NotPoissonSampled, match="one at a time"):
+        next(first)
+
+
+def test_a_run_has_one_model(accountant, rows):
+    run, *_ = run_of(accountant, rows, network())
+    model = network()
+    with pytest.raises(TypeError, match="start another run"):
+        run.make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(rows))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_single_rows_stays_after_an_error(accountant, rows, mode):
+    model = network()
+    original = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        private, _, loader = run.make_private(model, original, DataLoader(rows), mode=mode)
+        criterion = run.criterion(torch.nn.CrossEntropyLoss())
+        features, labels = next(run.batches(loader))
+        criterion(private(features), labels).backward()
+        private(features)
+        raise KeyboardInterrupt
+    for parameter in model.parameters():
+        for name in ("grad", "grad_sample", "summed_grad", "_norm_sample"):
+            assert getattr(parameter, name, None) is None
+    assert not any("activations" in module.__dict__ for module in model.modules())
+
+
+def test_gradients_that_a_script_changed_have_no_effect(accountant, rows):
+    model = network()
+    run, private, guarded, loader, original = run_of(accountant, rows, model, "ghost", steps=1)
+    original.param_groups[0]["lr"] = 1.0
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    for features, labels in run.batches(loader):
+        criterion(private(features), labels).backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(10)
+        guarded.step()
+    assert close(
+        torch.cat([part.detach().flatten() for part in model.parameters()]),
+        by_hand(rows, steps=1),
+    )
 
 
 class Tied(torch.nn.Module):
