@@ -9,15 +9,19 @@ double precision and a bound on its rounding is added.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import (
+    DPLossFastGradientClipping,
+    DPTensorFastGradientClipping,
+)
 from torch import Tensor, nn
 
-from finetune.errors import UnitsMixed
+from finetune.errors import NoGradient, UnitsMixed
 
 _ROUNDING = 1e-11
 """Relative to the largest that the terms of a norm can add up to; far above double rounding."""
@@ -54,6 +58,59 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc]
     NORM_SAMPLERS = {nn.Linear: linear_norms}  # noqa: RUF012 - as Opacus declares it
 
 
+class GhostLoss(DPTensorFastGradientClipping):  # type: ignore[misc]
+    """What ``backward()`` is called on. Arithmetic with it stays one of its kind."""
+
+    def backward(self) -> None:
+        """Take both backward passes, if the first sees all that the second adds up.
+
+        Raises:
+            NoGradient: If a weight is used outside its own layer's forward pass, as in a penalty on
+                weights or ``hidden @ embedding.weight.T``: its norm would not be known.
+        """
+        used = _uses(self.loss_per_sample)
+        for name, parameter in self.module.named_parameters():
+            calls = getattr(parameter, "_forward_counter", 0)
+            if parameter.requires_grad and used[id(parameter)] != calls:
+                raise NoGradient(
+                    f"{name} is used {used[id(parameter)]} times in the loss, and {calls} times by"
+                    " its own layer, and ghost clipping knows of no other use; use mode='hooks'"
+                )
+        super().backward()
+
+
+def _kept(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def kept(self: Any, *others: Any) -> Any:
+        result = operation(self, *others)
+        result.__class__ = GhostLoss
+        return result
+
+    return kept
+
+
+for _name in ("truediv", "mul", "rmul", "add", "radd", "sub", "rsub", "neg"):
+    _base = getattr(DPTensorFastGradientClipping, f"__{_name}__")
+    setattr(GhostLoss, f"__{_name}__", _kept(_base))
+
+
+def _uses(loss: Tensor) -> Counter[int]:
+    """Return how often each leaf is used in the graph of a loss, by its id."""
+    found: Counter[int] = Counter()
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for after, _ in node.next_functions:
+            leaf = getattr(after, "variable", None)
+            if leaf is None:
+                waiting.append(after)
+            else:
+                found[id(leaf)] += 1
+    return found
+
+
 class RowLoss(DPLossFastGradientClipping):  # type: ignore[misc]
     """A loss that is one number for each row, or an error."""
 
@@ -72,4 +129,5 @@ class RowLoss(DPLossFastGradientClipping):  # type: ignore[misc]
                 f" each of {self._rows()} rows: use a loss of torch.nn (a function cannot be told"
                 " its reduction), with shape=logits.shape where logits were flattened"
             )
+        loss.__class__ = GhostLoss
         return loss

@@ -289,11 +289,6 @@ class TrainingRun:
             Counted(loader.collate_fn, example),
         )
         self._loader = _loader(loader, rows, Sealed(self.steps), loader.collate_fn)
-        more: dict[str, Any] = {
-            "plan": self.plan,
-            "turn": self._turn,
-            "parameters": dict(model.named_parameters()),
-        }
         if self._saved is not None and self._saved.model is not None:
             model.load_state_dict(self._saved.model)
             optimizer.load_state_dict(self._saved.optimizer or {})
@@ -304,20 +299,31 @@ class TrainingRun:
             self._model = GhostModule(
                 model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
             )
-            self._optimizer = GhostOptimizer(optimizer, module=self._model, **more)
+            guarded: type[Guarded] = GhostOptimizer
         else:
             self._model = GradSampleModule(model, loss_reduction="mean")
-            self._optimizer = HooksOptimizer(optimizer, **more)
-        self._hooks = [
-            each.register_post_accumulate_grad_hook(self._drop_gradient)  # type: ignore[no-untyped-call]
-            for each in model.parameters()
-            if each.requires_grad
-        ]
-        self._hooks += [
-            module.register_forward_pre_hook(self._check_rows)
-            for module in model.modules()
-            if any(each.requires_grad for each in module.parameters(recurse=False))
-        ]
+            guarded = HooksOptimizer
+        self._optimizer = guarded(optimizer, plan=self.plan, turn=self._turn, module=self._model)
+
+        def drop(parameter: Tensor) -> None:
+            self._drop_gradient(parameter)
+
+        def check_rows(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._check_rows(module, inputs)
+
+        def check_statistics(module: nn.Module, _: object) -> None:
+            self._check_statistics(module)
+
+        # Functions, and not methods: a copy of the model must not try to copy the run with them.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+        for module in model.modules():
+            if any(each.requires_grad for each in module.parameters(recurse=False)):
+                self._hooks.append(module.register_forward_pre_hook(check_rows))
+            if _mixes_rows(module):
+                self._hooks.append(module.register_forward_pre_hook(check_statistics))
         return self._model, self._optimizer, self._loader
 
     def criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -404,9 +410,6 @@ class TrainingRun:
             self._optimizer.release()
             self._model.remove_hooks()
             self._model._per_sample_gradient_norms = None  # noqa: SLF001
-            for module in self._model.modules():
-                module.__dict__.pop("activations", None)
-                module.__dict__.pop("max_batch_len", None)
 
     def _parts(self, loader: DataLoader[Any], physical: int | None) -> tuple[Guarded, int | None]:
         sampler, own = loader.batch_sampler, self._loader
@@ -429,6 +432,14 @@ class TrainingRun:
             parameter.grad = None
         else:
             self._optimizer.keep(parameter)
+
+    def _check_statistics(self, module: nn.Module) -> None:
+        """Raise if a layer of batch statistics was put back into training."""
+        if module.training and self._turn.paid:
+            raise UnsupportedModel(
+                f"a {type(module).__name__} is in training mode, in which batch statistics mix rows"
+                " and are kept without noise; put it in eval() after each model.train()"
+            )
 
     def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Raise if a layer that is trained sees anything else than the rows of the batch."""
@@ -458,6 +469,12 @@ def _loader(
     )
 
 
+def _mixes_rows(module: nn.Module) -> bool:
+    """Say whether a layer computes statistics of a batch in training mode."""
+    batch_norm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - all of them
+    return isinstance(module, batch_norm) or bool(getattr(module, "track_running_stats", False))
+
+
 def _check_model(model: nn.Module, mode: str) -> None:
     if mode not in ("hooks", "ghost"):
         raise ValueError(f"mode must be 'hooks' or 'ghost', got {mode!r}")
@@ -478,10 +495,7 @@ def _check_model(model: nn.Module, mode: str) -> None:
                 f"{name or 'the model'} is in evaluation mode, in which no gradients of single rows"
                 " are seen; call model.train() first (from_pretrained leaves models in it)"
             )
-        if module.training and (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - all of them
-            or getattr(module, "track_running_stats", False)
-        ):
+        if module.training and _mixes_rows(module):
             raise UnsupportedModel(
                 f"{name or 'the model'} is a {type(module).__name__}: batch statistics mix rows"
                 " and are kept without noise; use GroupNorm or LayerNorm, or put it in eval()"

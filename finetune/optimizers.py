@@ -59,7 +59,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         *,
         plan: TrainingPlan,
         turn: Turn,
-        parameters: dict[str, torch.nn.Parameter],
+        module: torch.nn.Module,
     ) -> None:
         device = optimizer.param_groups[0]["params"][0].device
         super().__init__(
@@ -71,8 +71,9 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             generator=secret_generator(device),
         )
         self.plan, self.turn = plan, turn
-        self._parameters = parameters
-        self._weights: tuple[tuple[bool, int], ...] = ()
+        self._module = module
+        self._parameters = dict(module.named_parameters())
+        self._weights: tuple[tuple[bool, int, int], ...] = ()
         self._hooks = [
             optimizer.register_step_pre_hook(self._check_update),
             optimizer.register_step_post_hook(self._updated),
@@ -149,6 +150,11 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             for name in ("grad_sample", "_norm_sample", "_current_grad_sample"):
                 if getattr(parameter, name, None) is not None:
                     setattr(parameter, name, None)
+            if getattr(parameter, "_forward_counter", 0):
+                parameter._forward_counter = 0  # type: ignore[attr-defined]  # noqa: SLF001
+        for module in self._module.modules():
+            module.__dict__.pop("activations", None)
+            module.__dict__.pop("max_batch_len", None)
 
     def release(self) -> None:
         """Give the wrapped optimizer back as it was."""
@@ -184,15 +190,16 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         Raises:
             WeightsChanged: If so.
         """
-        if self._weights != self._now():
+        known = map(id, self._parameters.values())
+        if self._weights != self._now() or list(known) != list(map(id, self._module.parameters())):
             raise WeightsChanged(
                 "weights, or which of them are trained, were changed since the last step by"
                 " something else than this optimizer; what that learned from is not accounted for"
             )
 
-    def _now(self) -> tuple[tuple[bool, int], ...]:
+    def _now(self) -> tuple[tuple[bool, int, int], ...]:
         every = self._parameters.values()
-        return tuple((each.requires_grad, each._version) for each in every)  # noqa: SLF001
+        return tuple((p.requires_grad, p._version, p.data_ptr()) for p in every)  # noqa: SLF001
 
     def _samples(self, parameter: torch.Tensor) -> int:
         """Return how many samples a parameter has gradients, or their norms, of."""
@@ -257,13 +264,16 @@ class HooksOptimizer(Guarded):
 class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[misc]
     """Gets sums that the module clipped in the second of two backward passes (ghost clipping)."""
 
-    def __init__(self, optimizer: Optimizer, *, module: Any, **others: Any) -> None:
+    _module: Any
+
+    def __init__(self, optimizer: Optimizer, **others: Any) -> None:
         super().__init__(optimizer, **others)
-        self._module = module
         self._sums: dict[int, torch.Tensor] = {}
 
     def keep(self, parameter: torch.Tensor) -> None:
         """Keep the sum that a second backward pass left, whatever becomes of the gradient."""
+        if id(parameter) in self._sums:
+            raise UnmarkedStep("several backward passes for one step; take one for each batch")
         if parameter.grad is not None:
             self._sums[id(parameter)] = parameter.grad.detach().clone()
 
@@ -277,7 +287,7 @@ class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[
     def forget(self) -> None:
         """Drop what a backward pass left for single rows, and let the next one begin anew."""
         super().forget()
-        self._sums.clear()
+        getattr(self, "_sums", {}).clear()
         self._module.enable_hooks()
 
     def follow(self, plan: TrainingPlan) -> None:

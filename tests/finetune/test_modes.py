@@ -515,6 +515,85 @@ def test_gradients_that_a_script_changed_have_no_effect(accountant, rows):
     )
 
 
+class Penalized(torch.nn.Module):
+    """Uses the weight of a layer outside it, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(5, 5)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, features):
+        hidden = self.inner(features)
+        return self.head(torch.nn.functional.linear(hidden, self.inner.weight))
+
+
+def test_weights_that_are_used_outside_their_layer_have_no_norm(accountant, rows):
+    model = Penalized()
+    run, private, _, loader, _ = run_of(accountant, rows, model, "ghost")
+    features, labels = next(run.batches(loader))
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    with pytest.raises(NoGradient, match=r"inner\.weight is used 2 times"):
+        criterion(private(features), labels).backward()
+    model = network()
+    run, private, _, loader, _ = run_of(accountant, rows, model, "ghost")
+    features, labels = next(run.batches(loader))
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    penalty = 50 * sum(part.square().sum() for part in model.parameters())
+    with pytest.raises(NoGradient, match="used 2 times"):
+        (criterion(private(features), labels) * 1 + penalty).backward()
+
+
+def test_two_backward_passes_in_ghost_mode(accountant, rows):
+    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
+    features, labels = next(run.batches(loader))
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    criterion(private(features), labels).backward()
+    with pytest.raises(UnmarkedStep, match="several backward passes"):
+        criterion(private(features), labels).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_that_are_thawed_in_the_loop(accountant, rows, mode):
+    layer = torch.nn.BatchNorm1d(5).requires_grad_(False)
+    model = torch.nn.Sequential(layer, torch.nn.Linear(5, 3))
+    layer.eval()
+    run, private, _, loader, _ = run_of(accountant, rows, model, mode)
+    features, _ = next(run.batches(loader))
+    private(features)
+    private.train()
+    with pytest.raises(UnsupportedModel, match=r"after each model\.train"):
+        private(features)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_looking_and_copying_between_steps_does_no_harm(accountant, rows, mode):
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
+    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    taken = 0
+    for features, labels in run.batches(loader):
+        criterion(private(features), labels).backward()
+        guarded.step()
+        guarded.zero_grad()
+        private(features)  # in training mode, for its loss
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        with torch.no_grad():
+            averaged(features)
+        taken += 1
+    assert taken == 2
+
+
+def test_a_layer_that_is_exchanged_in_the_loop(accountant, rows):
+    model = network()
+    run, private, guarded, loader, _ = run_of(accountant, rows, model)
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    model[0] = torch.nn.Linear(5, 7)
+    with pytest.raises(WeightsChanged):
+        guarded.step()
+
+
 class Tied(torch.nn.Module):
     def __init__(self):
         super().__init__()
