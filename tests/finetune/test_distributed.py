@@ -107,7 +107,7 @@ def test_noise_is_added_once(ranks, folder):
     assert first["weights"] == second["weights"]
     moved = torch.tensor(first["weights"]) - torch.tensor(first["start"])
     expected = 20.0 * 0.5 / 24 * 30**0.5
-    assert 0.85 * expected < moved.std().item() < 1.15 * expected  # two noises: 1.41
+    assert 0.8 * expected < moved.std().item() < 1.2 * expected  # two noises: 1.41
 
 
 def test_a_plan_that_does_not_fit_ends_both_at_once(ranks, folder):
