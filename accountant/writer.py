@@ -68,10 +68,10 @@ class Writer:
             AccountantError: If it failed otherwise.
             DPError: If its event has no price.
         """
-        # A caller waits on this and not on the future: an interrupt can leave a future's own
-        # lock taken, and the thread would wait for it for ever.
         if not self._closed:
             price_ahead(self._store.remembered, request)
+        # A caller waits on this and not on the future: an interrupt can leave a future's own
+        # lock taken, and the thread would wait for it for ever.
         ready = threading.Lock()
         ready.acquire()
         done = self.enqueue(request, lambda _: ready.release())

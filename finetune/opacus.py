@@ -1,4 +1,4 @@
-"""DP-SGD through Opacus, with every step in the ledger. The only importer of opacus.
+"""DP-SGD through Opacus, with every step in the ledger.
 
 ::
 

@@ -188,7 +188,7 @@ class Transaction:
                     check_not_back(name, row, marked, self._tables.read_digest)
                 if row is not None:
                     self._books[name] = (self._book(row), row)
-            except (LedgerCorrupt, ValueError, TypeError) as error:  # of this budget alone
+            except (LedgerCorrupt, ValueError, TypeError, RecursionError) as error:  # of it alone
                 self._broken[name] = error
 
     def _book(self, row: BudgetRow) -> Book:

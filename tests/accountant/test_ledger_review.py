@@ -1065,6 +1065,23 @@ def test_no_corruption_ends_in_a_traceback(books, location, untrigger, corruptio
         assert done.exit_code in codes, (command, done.output)
 
 
+def test_pending_refusals_too_deep_to_read_are_their_own_budgets(books, location, untrigger):
+    books.create_budget("e", LIMITS, unit="article")
+    books.close()
+    untrigger(location)
+    with closing(sqlite3.connect(location)) as connection, connection:
+        connection.execute("UPDATE epsledger_budget SET pending = ? WHERE name = 'd'", (DEEP,))
+    with Accountant.open(location) as again:
+        outcomes = in_one_batch(
+            location,
+            lambda: again.charge("e", TENTH, **ASK),
+            lambda: again.charge("d", TENTH, **ASK),
+            lambda: again.charge("e", TENTH, **ASK),
+        )
+    assert isinstance(outcomes[1], LedgerCorrupt)
+    assert {outcomes[0].seq, outcomes[2].seq} == {2, 3}
+
+
 def test_recovery_to_the_letter(books, location, tmp_path, monkeypatch):
     """docs/recovery.md, "went back": the old files away, all three; the copy in; the mark away."""
     copy, away = tmp_path / "copy.db", tmp_path / "away"

@@ -19,7 +19,7 @@ SCRIPT = textwrap.dedent("""
     warnings.simplefilter("ignore")
     import torch
     from torch.utils.data import DataLoader, TensorDataset
-    from accountant import Accountant
+    from accountant import Accountant, BudgetExceeded
     from finetune import TrainingPlan, training_run
 
     steps, how = int(sys.argv[1]), sys.argv[2]
@@ -29,6 +29,14 @@ SCRIPT = textwrap.dedent("""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Accountant.open(os.environ["EPSLEDGER_LEDGER"], create=False) as accountant:
+        if how == "nothing":  # entered, and nothing was trained under it
+            with training_run(accountant, "b", plan, unit="row"):
+                sys.exit(0)
+        if how == "caught":
+            try:
+                training_run(accountant, "b", plan, unit="row").__enter__()
+            except BudgetExceeded:
+                sys.exit(0)
         with training_run(accountant, "b", plan, unit="row") as run:
             model, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
             for number, (x, y) in enumerate(run.batches(loader)):
@@ -78,6 +86,8 @@ def spent(location):
         ("9", "break", 0, "budget 'b': 2 of 9 steps paid, the rest returned", 2),
         ("9", "raise", 7, "left by an error: all 9 steps stay spent", 9),
         ("9", "kill", 128 + signal.SIGKILL, "its process died: all 9 steps stay spent", 9),
+        ("9", "nothing", 5, "this run was not guarded: no step", 0),
+        ("99999", "caught", 3, "budget 'b': refused: it does not fit", 0),
         ("99999", "end", 3, "budget 'b': refused: it does not fit", 0),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from accountant import Accountant, ReservationError
+from accountant import Accountant, ReservationError, UnitMismatch
 from dp import adaptive
 from finetune import CheckpointInvalid, PlanChanged, TrainingPlan, training_run
 
@@ -201,6 +201,15 @@ def test_a_run_is_resumed_as_it_was_priced(accountant, tmp_path):
     ):
         pytest.fail("resumed with other noise")
     assert accountant.statement("b").seq == before
+
+
+def test_a_run_is_resumed_for_its_own_unit(accountant, tmp_path):
+    run_on(accountant, tmp_path / "run.pt", 2)
+    with (
+        pytest.raises(UnitMismatch, match="protects one 'row'"),
+        training_run(accountant, "b", PLAN, unit="token", checkpoint=tmp_path / "run.pt"),
+    ):
+        pytest.fail("resumed for another unit")
 
 
 @pytest.mark.parametrize("content", [b"", b"spam" * 99, "torch"], ids=["empty", "text", "other"])
