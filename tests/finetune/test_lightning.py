@@ -12,7 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 lightning = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 from accountant import Accountant  # noqa: E402
 from dp import adaptive  # noqa: E402
@@ -279,6 +283,15 @@ class Idle(Module):
 class Picks(Module):
     def training_step(self, batch):
         super().training_step(batch)
+
+
+def test_callbacks_that_copy_the_module_are_refused(accountant):
+    with (
+        training_run(accountant, "b", plan(), unit="row") as run,
+        pytest.raises(UnsupportedSetting, match="average the weights of saved models"),
+    ):
+        averaging = trainer(callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
+        fit(averaging, run, Module(), DataLoader(Rows()))
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")

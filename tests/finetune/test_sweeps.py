@@ -35,7 +35,7 @@ from dp import (
 from dp.costs import cost
 from dp.events import canonical
 from dp.rows import _INNER_ORDERS
-from finetune import PlanChanged, SkippedStep, TrainingPlan, UnmarkedStep, sweeps
+from finetune import PlanChanged, SkippedStep, TrainingPlan, UnmarkedStep, supervision, sweeps
 from finetune.sweeps import Winner, sweep, sweep_event
 
 ROWS = 40
@@ -116,6 +116,18 @@ def taking(run, of=lambda _: None):
 
 def spent(accountant):
     return dict(accountant.statement("b").spent)
+
+
+def test_a_sweep_tells_its_supervisor_once_whatever_k_is(accountant, trials, tmp_path, monkeypatch):
+    said = []
+    for number in (1, 5):
+        told = tmp_path / f"told-{number}"
+        monkeypatch.setenv(supervision.VARIABLE, str(told))
+        trials(number)
+        swept(accountant, lambda run, _: taking(run))
+        said.append(supervision.heard(told))
+        assert told.read_text().count("\n") == 1
+    assert said[0] == said[1] == (supervision.Told("b", "ended", 1, 1),)
 
 
 # --- the charge ---------------------------------------------------------------------------------

@@ -425,6 +425,43 @@ def test_the_trainer_clips_nothing_and_its_settings_are_left_as_they_were(accoun
     assert (args.max_grad_norm, args.max_steps) == (1.0, -1)
 
 
+def test_a_training_step_of_a_subclass_is_refused(accountant):
+    """It would compute a loss of its own, and could publish it once for each part."""
+
+    class Own(Trainer):
+        def training_step(self, model, inputs, *_):
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss
+
+    with (
+        training_run(accountant, "b", plan(), unit="row") as run,
+        pytest.raises(UnsupportedSetting, match="training_step="),
+    ):
+        guarded(Own, run)
+
+
+def test_rows_padded_on_the_left_are_refused(accountant):
+    """The longest row of a batch would shift the positions of the others."""
+    rows = rows_for("gpt2")
+    rows[3]["attention_mask"][:2] = 0
+    model = made("gpt2")
+    before = weights(model)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(model=model, args=settings(), train_dataset=rows)
+        with pytest.raises(UnitsMixed, match="padded on the left"):
+            trainer.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_a_model_as_from_pretrained_leaves_it_is_trained(accountant):
+    model = made("bert").eval()
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        guarded(Trainer, run)(model=model, args=settings(), train_dataset=rows_for("bert")).train()
+    assert marks(accountant) == 2
+    assert close(weights(model), by_hand("bert"))
+
+
 def test_losses_that_may_mix_rows_are_refused(accountant):
     class Mixes(Trainer):
         def compute_loss(self, model, inputs, *_, **__):

@@ -392,3 +392,16 @@ def test_what_is_not_converted():
         unit_guarantee(adaptive(2.0, 1e-5), size=8)
     with pytest.raises(NothingFits):
         unit_guarantee(pure(10.0), size=101)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([("eu", 7), ("eu", "7")], "two units"),
+        ([1.5, 2.5], "is a float"),
+        ([("eu", 1.0), ("eu", 2.0)], "is a float"),
+    ],
+)
+def test_ids_that_would_split_or_join_units(ids, words):
+    with pytest.raises(UnitIdsInvalid, match=words):
+        UnitMap.of(ids, ids)
