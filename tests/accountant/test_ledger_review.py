@@ -1149,6 +1149,18 @@ def test_a_marks_file_that_is_cut_off_in_use_accuses_nobody(books):
     assert books._store.remembered.marks.read()["x"][0] == 3
 
 
+def test_a_slot_that_another_process_gave_to_another_budget_accuses_nobody(books, location):
+    books.create_budget("x", LIMITS, unit="article")
+    os.truncate(books._store.remembered.marks.path, 0)
+    with Accountant.open(location) as second:
+        second.create_budget("z", LIMITS, unit="article")
+        for _ in range(3):
+            second.charge("z", TENTH, **ASK)
+    for name in ("d", "x", "z"):
+        books.charge(name, TENTH, **ASK)
+    assert books.verify().clean
+
+
 def test_whoever_holds_the_marks_holds_nobody_up(books):
     books.create_budget("x", LIMITS, unit="article")
     with books._store.remembered.marks.path.open() as other:

@@ -424,13 +424,31 @@ def test_a_layer_that_is_thawed_is_not_trained_on_raw_gradients(accountant, rows
     second = torch.optim.SGD(model[0].parameters(), lr=0.1)
     with (
         pytest.raises(WeightsChanged),
-        training_run(accountant, "b", plan(), unit="row") as run,
+        training_run(accountant, "b", plan(steps=1), unit="row") as run,
     ):
         private, guarded, loader = run.make_private(model, optimizer, DataLoader(rows))
         for features, labels in run.batches(loader):
             model[0].requires_grad_(True)
             torch.nn.functional.cross_entropy(private(features), labels).backward()
             guarded.step()
+            second.step()
+
+
+def test_a_layer_that_is_trained_after_the_last_step_is_seen(accountant, rows):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with (
+        pytest.raises(WeightsChanged),
+        training_run(accountant, "b", plan(steps=1), unit="row") as run,
+    ):
+        private, guarded, loader = run.make_private(model, optimizer, DataLoader(rows))
+        for features, labels in run.batches(loader):
+            torch.nn.functional.cross_entropy(private(features), labels).backward()
+            guarded.step()
+            model[0].requires_grad_(True)
+            torch.nn.functional.cross_entropy(model[2](model[1](model[0](features))), labels)
             second.step()
 
 
@@ -451,6 +469,12 @@ def test_the_norm_of_tokens_that_cancel_is_not_too_small():
     exact = (back.double().mT @ into.double()).norm()
     assert exact <= found[layer.weight].item() <= exact * 1.01 + 1e2
     assert found[layer.bias].item() >= 0
+    for large, small in ((1e5, 3.0), (1e10, 1.0)):  # in single, and in double precision
+        into = torch.tensor([[[large, small], [large, -small]]])
+        exact = (back.double().mT @ into.double()).norm()
+        assert linear_norms(layer, [into], back)[layer.weight].item() >= exact * (1 - 1e-6)
+        turned = torch.nn.Linear(1, 2)
+        assert linear_norms(turned, [back], into)[turned.weight].item() >= exact * (1 - 1e-6)
     for _ in range(200):
         into, back = torch.randn(3, 7, 4) * 10 ** torch.randn(3, 7, 1), torch.randn(3, 7, 5)
         layer = torch.nn.Linear(4, 5)
@@ -567,12 +591,13 @@ def test_statistics_that_are_thawed_in_the_loop(accountant, rows, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_looking_and_copying_between_steps_does_no_harm(accountant, rows, mode):
+@pytest.mark.parametrize(("physical", "parts"), [(None, 1), (10, 3)])
+def test_looking_and_copying_between_steps_does_no_harm(accountant, rows, mode, physical, parts):
     model = network()
     run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
     criterion = run.criterion(torch.nn.CrossEntropyLoss())
     taken = 0
-    for features, labels in run.batches(loader):
+    for features, labels in run.batches(loader, physical=physical):
         criterion(private(features), labels).backward()
         guarded.step()
         guarded.zero_grad()
@@ -581,7 +606,7 @@ def test_looking_and_copying_between_steps_does_no_harm(accountant, rows, mode):
         with torch.no_grad():
             averaged(features)
         taken += 1
-    assert taken == 2
+    assert taken == 2 * parts
 
 
 def test_a_layer_that_is_exchanged_in_the_loop(accountant, rows):
