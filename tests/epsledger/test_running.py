@@ -32,7 +32,17 @@ SCRIPT = textwrap.dedent("""
         if how == "nothing":  # entered, and nothing was trained under it
             with training_run(accountant, "b", plan, unit="row"):
                 sys.exit(0)
-        if how == "caught":
+        if how == "second":  # one that is paid for, then one that is refused
+            with training_run(accountant, "b", plan, unit="row") as run:
+                guarded = run.make_private(model, optimizer, DataLoader(rows))
+                for x, y in run.batches(guarded[2]):
+                    torch.nn.functional.cross_entropy(guarded[0](x), y).backward()
+                    guarded[1].step()
+                    guarded[1].zero_grad()
+            plan = TrainingPlan.for_units(
+                50, expected_batch_size=5, noise_multiplier=1.0, steps=99_999
+            )
+        if how in ("caught", "second"):
             try:
                 training_run(accountant, "b", plan, unit="row").__enter__()
             except BudgetExceeded:
@@ -88,6 +98,7 @@ def spent(location):
         ("9", "kill", 128 + signal.SIGKILL, "its process died: all 9 steps stay spent", 9),
         ("9", "nothing", 5, "this run was not guarded: no step", 0),
         ("99999", "caught", 3, "budget 'b': refused: it does not fit", 0),
+        ("3", "second", 3, "budget 'b': refused: it does not fit", 3),
         ("99999", "end", 3, "budget 'b': refused: it does not fit", 0),
     ],
 )
@@ -119,3 +130,49 @@ def test_a_command_that_is_not_there(supervised):
     code, said = run("no-such-program")
     assert code == 1
     assert "no-such-program: No such file" in said
+
+
+WAITS = textwrap.dedent("""
+    import signal, sys, time
+    def stop(*_):
+        time.sleep(0.5)
+        sys.stderr.write("saved\\n")
+        sys.exit(0)
+    signal.signal(int(sys.argv[1]), stop)
+    sys.stderr.write("ready\\n")
+    sys.stderr.flush()
+    time.sleep(60)
+""")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_the_scripts_to_handle(location, tmp_path, number):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    command = [*EPSLEDGER, "run", "--ledger", str(location), "--name", "waits", "--"]
+    with subprocess.Popen(
+        [*command, sys.executable, str(script), str(int(number))],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stderr is not None
+        while "ready" not in process.stderr.readline():
+            pass
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        said = process.stderr.read()
+    assert "saved" in said
+    assert "this run was not guarded" in said
+
+
+def test_a_run_within_a_run_is_heard_by_both(supervised, location, tmp_path):
+    _, run = supervised
+    script = str(tmp_path / "train.py")
+    inner = [*EPSLEDGER, "run", "--ledger", str(location), "--", sys.executable, script]
+    code, said = run(*inner, "3", "end")
+    assert code == 0
+    assert said.count("3 of 3 steps paid") == 2
