@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForCausalLM, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from accountant import Accountant
 from dp import DPError, planned
