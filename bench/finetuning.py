@@ -138,6 +138,7 @@ class Topics(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return logits: (rows, topics)."""
         tokens = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask[:, :, None] / mask.sum(1)[:, None, None].clamp(min=1)
         text = (tokens * weights).sum(1)
