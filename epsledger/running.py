@@ -31,7 +31,7 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
 
     It gets EPSLEDGER_LEDGER. Nothing is guarded by this: the script does that itself, with
     finetune.training_run. Exit code 5 if no guarded run was in it, 3 if the last one was refused,
-    else the script's own. Signals are the script's to handle, and what it was told to save is saved.
+    else the script's own. Signals are the script's to handle: it can save before it ends.
     """
     with tempfile.TemporaryDirectory() as folder, _alone(name) as locks:
         told = Path(folder) / "told"

@@ -9,7 +9,6 @@
     ├── UnitsMixed          gradients that are not one for each row of the batch
     ├── RowsMixed           a loss in which rows change each other's gradients
     ├── NoGradient          a trainable parameter that the loss does not reach
-    ├── NotFinite           a row without a finite gradient, where it cannot be left out
     ├── PeerFailed          another process of the run could not go on
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
     ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
@@ -61,10 +60,6 @@ class RowsMixed(FinetuneError, ValueError):
 
 class NoGradient(FinetuneError, ValueError):
     """A trainable parameter got no gradient; nothing was updated."""
-
-
-class NotFinite(FinetuneError, ValueError):
-    """A row has no finite gradient, and ghost clipping cannot leave it out; nothing was updated."""
 
 
 class PeerFailed(FinetuneError, RuntimeError):

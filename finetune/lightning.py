@@ -60,8 +60,7 @@ def fit(
         train_dataloader: Gives dataset, collation and workers; its batching is replaced.
         val_dataloaders: As for ``trainer.fit``.
         physical: Most rows of a batch.
-        mode: How gradients are clipped; see :meth:`finetune.TrainingRun.make_private`. In mode
-            ``ghost``, ``training_step`` takes its loss from ``run.criterion(...)``.
+        mode: How gradients are clipped; see :meth:`finetune.TrainingRun.make_private`.
 
     Raises:
         UnsupportedSetting: If the guarantee would not hold.

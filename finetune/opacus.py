@@ -34,20 +34,18 @@ Not covered:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from opacus.validators import ModuleValidator
-from torch import Tensor, float32, float64, is_grad_enabled, nn
+from torch import Tensor, float32, float64, is_autocast_enabled, is_grad_enabled, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -62,16 +60,18 @@ from dp import InvalidParameter, validate
 from finetune import distributed
 from finetune.batches import Counted, PoissonSampler, Sealed
 from finetune.checkpoints import Checkpoint
+from finetune.clipping import GhostModule, HooksModule
 from finetune.distributed import Steps
 from finetune.errors import (
     CheckpointInvalid,
     NotPoissonSampled,
     SkippedStep,
     UnitsMixed,
+    UnmarkedStep,
     UnsupportedModel,
+    UnsupportedSetting,
 )
-from finetune.ghost import GhostModule, RowLoss
-from finetune.optimizers import GhostOptimizer, Guarded, HooksOptimizer, Turn
+from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
 from finetune.supervision import Told, next_number, tell
 
@@ -145,6 +145,8 @@ def training_run(
         stack.callback(run.stop)
         try:
             yield run
+        except GeneratorExit:
+            raise  # nobody left the block: it was collected, maybe in the thread that would void it
         except BaseException:
             tell(number, Told(budget, "left", run.marked, uses))
             if not run.marked and path is None and not distributed.rank():
@@ -202,6 +204,7 @@ class TrainingRun:
         self._model: Any = None
         self._optimizer: Guarded | None = None
         self._hooks: list[Any] = []
+        self._ended = False
 
     @property
     def plan(self) -> TrainingPlan:
@@ -254,15 +257,16 @@ class TrainingRun:
             optimizer: Any first-order optimizer over parameters of the model.
             loader: Gives dataset, collation and workers; its batching is replaced by Poisson
                 sampling. One row of its dataset is one privacy unit.
-            mode: ``hooks`` keeps a gradient for each row; ``ghost`` needs memory for one batch of
-                activations and two backward passes, and a loss from :meth:`criterion`.
+            mode: ``hooks`` keeps a gradient for each row; ``ghost`` keeps what it is made of where
+                that is smaller, as for large linear layers and embeddings.
 
         Raises:
             NotPoissonSampled: If the dataset cannot be Poisson-sampled, or the loader has a
                 sampler with a meaning of its own.
             TypeError: If the optimizer is Opacus's already, or empty batches cannot be made.
+            UnsupportedSetting: If it evaluates the loss several times a step.
             UnsupportedModel: If the model cannot be trained in this mode, or not at all.
-            CheckpointInvalid: If the run's checkpoint cannot be written.
+            CheckpointInvalid: If the run's checkpoint cannot be written, or is of another model.
         """
         if isinstance(loader.dataset, IterableDataset):
             raise NotPoissonSampled(
@@ -272,6 +276,10 @@ class TrainingRun:
             raise NotPoissonSampled(
                 f"the loader draws by {type(loader.sampler).__name__}, which Poisson sampling"
                 " would replace; pass a plain DataLoader over the rows to sample"
+            )
+        if isinstance(optimizer, LBFGS):
+            raise UnsupportedSetting(
+                "optimizer", "LBFGS", "it evaluates the loss several times a step; take SGD or Adam"
             )
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")
@@ -290,26 +298,29 @@ class TrainingRun:
         )
         self._loader = _loader(loader, rows, Sealed(self.steps), loader.collate_fn)
         if self._saved is not None and self._saved.model is not None:
-            model.load_state_dict(self._saved.model)
-            optimizer.load_state_dict(self._saved.optimizer or {})
+            try:
+                model.load_state_dict(self._saved.model)
+                optimizer.load_state_dict(self._saved.optimizer or {})
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise CheckpointInvalid(
+                    self._path or Path(), f"it is of another model or optimizer: {error}"
+                ) from error
         elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())
-        if mode == "ghost":
-            self._model = GhostModule(
-                model, loss_reduction="mean", max_grad_norm=self.plan.max_grad_norm
-            )
-            guarded: type[Guarded] = GhostOptimizer
-        else:
-            self._model = GradSampleModule(model, loss_reduction="mean")
-            guarded = HooksOptimizer
-        self._optimizer = guarded(optimizer, plan=self.plan, turn=self._turn, module=self._model)
+        wrap = GhostModule if mode == "ghost" else HooksModule
+        try:
+            self._model = wrap(model, loss_reduction="mean")
+        except NotImplementedError as error:
+            raise UnsupportedModel(f"Opacus cannot take it: {error}") from error
+        self._optimizer = Guarded(optimizer, plan=self.plan, turn=self._turn, module=self._model)
 
         def drop(parameter: Tensor) -> None:
-            self._drop_gradient(parameter)
+            if self._optimizer is not None:
+                self._optimizer.saw(parameter)
 
-        def check_rows(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._check_rows(module, inputs)
+        def check_rows(module: nn.Module, inputs: tuple[Any, ...], others: Any) -> None:
+            self._check_rows(module, inputs, others)
 
         def check_statistics(module: nn.Module, _: object) -> None:
             self._check_statistics(module)
@@ -321,23 +332,11 @@ class TrainingRun:
                 self._hooks.append(hook)
         for module in model.modules():
             if any(each.requires_grad for each in module.parameters(recurse=False)):
-                self._hooks.append(module.register_forward_pre_hook(check_rows))
+                hook = module.register_forward_pre_hook(check_rows, with_kwargs=True)
+                self._hooks.append(hook)
             if _mixes_rows(module):
                 self._hooks.append(module.register_forward_pre_hook(check_statistics))
         return self._model, self._optimizer, self._loader
-
-    def criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Any]:
-        """Return a loss function for the run's mode; the same one, unless that is ``ghost``.
-
-        Args:
-            criterion: A loss of :mod:`torch.nn` with ``reduction="mean"``, or a function of that
-                form with an attribute ``reduction`` that is obeyed. Of language models, flatten
-                logits and labels and pass ``shape=logits.shape`` as well: the mean is then taken
-                within each row.
-        """
-        if not isinstance(self._optimizer, GhostOptimizer):
-            return criterion
-        return RowLoss(self._model, self._optimizer, criterion, lambda: max(1, self._turn.rows))
 
     def batches(self, loader: DataLoader[Any], *, physical: int | None = None) -> Iterator[Any]:
         """Yield batches until the plan's steps are taken; each step is marked durably before.
@@ -353,6 +352,8 @@ class TrainingRun:
             SkippedStep: If a batch got no optimizer step.
         """
         optimizer, most = self._parts(loader, physical)
+        if self._ended:
+            raise UnmarkedStep("the run has ended; take its batches within the with block")
         self._round = now = object()
         rows: Iterator[Any] = iter(())
         sampler, plan = PoissonSampler(0, 0.0, 0), None
@@ -406,10 +407,10 @@ class TrainingRun:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._ended = True
         if self._optimizer is not None:
             self._optimizer.release()
             self._model.remove_hooks()
-            self._model._per_sample_gradient_norms = None  # noqa: SLF001
 
     def _parts(self, loader: DataLoader[Any], physical: int | None) -> tuple[Guarded, int | None]:
         sampler, own = loader.batch_sampler, self._loader
@@ -426,13 +427,6 @@ class TrainingRun:
             )
         return self._optimizer, None if physical is None else validate.count(physical=physical)
 
-    def _drop_gradient(self, parameter: Tensor) -> None:
-        """Keep nothing but what ghost clipping sums in its second pass, with hooks disabled."""
-        if not isinstance(self._optimizer, GhostOptimizer) or self._model.hooks_enabled:
-            parameter.grad = None
-        else:
-            self._optimizer.keep(parameter)
-
     def _check_statistics(self, module: nn.Module) -> None:
         """Raise if a layer of batch statistics was put back into training."""
         if module.training and self._turn.paid:
@@ -441,15 +435,32 @@ class TrainingRun:
                 " and are kept without noise; put it in eval() after each model.train()"
             )
 
-    def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...], others: Any) -> None:
         """Raise if a layer that is trained sees anything else than the rows of the batch."""
-        rows = max(1, self._turn.rows)
-        if not (module.training and is_grad_enabled() and self._turn.paid):
+        if not (is_grad_enabled() and self._turn.paid):
             return
+        name, rows = type(module).__name__, max(1, self._turn.rows)
+        if not module.training:
+            raise UnsupportedModel(
+                f"a {name} that is trained was put in evaluation mode, in which no gradients of"
+                " single rows are seen; call model.train() before the next batch, and take"
+                " torch.no_grad() for a look at the loss"
+            )
+        if not inputs or not all(isinstance(each, Tensor) for each in inputs):
+            raise UnsupportedModel(
+                f"a {name} that is trained is called without tensors, or with them by keyword, and"
+                " Opacus cannot see those; pass them by position, freeze it, or train adapters"
+                f" (by position {[type(each).__name__ for each in inputs]}, by keyword"
+                f" {sorted(others)})"
+            )
         for each in inputs:
-            if isinstance(each, Tensor) and each.shape[:1] != (rows,):
+            if is_autocast_enabled(each.device.type):
+                raise UnsupportedSetting(
+                    "autocast", each.device.type, "it rounds gradients; train in float32"
+                )
+            if each.shape[:1] != (rows,):
                 raise UnitsMixed(
-                    f"a {type(module).__name__} that is trained got an input of shape"
+                    f"a {name} that is trained got an input of shape"
                     f" {tuple(each.shape)} in a batch of {rows} rows: gradients of single rows can"
                     " only be told apart where rows are the first dimension of every input"
                 )
@@ -508,15 +519,3 @@ def _check_model(model: nn.Module, mode: str) -> None:
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise UnsupportedModel("; ".join(map(str, errors)))
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()  # noqa: SLF001
-        if parameter is not None and parameter.requires_grad
-    )
-    for name, parameter in model.named_parameters():
-        if mode == "ghost" and uses[id(parameter)] > 1:
-            raise UnsupportedModel(
-                f"{name} is tied: {uses[id(parameter)]} modules share it, which ghost clipping"
-                " does not support; use mode='hooks', freeze it, or give each its own"
-            )

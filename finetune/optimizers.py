@@ -6,25 +6,27 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
-from finetune import distributed
+from finetune import clipping, distributed
 from finetune.errors import (
-    FinetuneError,
     NoGradient,
-    NotFinite,
     PlanChanged,
     UnitsMixed,
     UnmarkedStep,
+    UnsupportedModel,
     UnsupportedSetting,
     WeightsChanged,
 )
 from finetune.plan import TrainingPlan
+
+_ROUNDING, _TOLERANCE = 1e-5, 1e-3
+"""Of the clipping norm, left free for rounding; of the mean norm of rows, for a sum over rows."""
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Turn:
 
 
 class Guarded(DPOptimizer):  # type: ignore[misc]
-    """What both ways of clipping share: the checks before an update, and the noise generator.
+    """Opacus's optimizer with the checks before an update, our clipping, and secret noise.
 
     Overriding Opacus's own methods, instead of attaching a step hook, leaves no hook that a
     script could overwrite.
@@ -73,14 +75,22 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.plan, self.turn = plan, turn
         self._module = module
         self._parameters = dict(module.named_parameters())
-        self._weights: tuple[tuple[bool, int, int], ...] = ()
+        self._buffers = dict(module.named_buffers())
+        self._means: dict[torch.Tensor, torch.Tensor | None] = {}
+        self._taken = 1
+        self._known: tuple[object, ...] = ()
         self._hooks = [
             optimizer.register_step_pre_hook(self._check_update),
             optimizer.register_step_post_hook(self._updated),
         ]
         self._updated()
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
+    @property
+    def accumulated_iterations(self) -> int:
+        """Return 1: a step is one sample, whatever the number of its parts."""
+        return 1
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:  # noqa: ARG002
         """Check and clip; at the end of a sample add noise and return True, for the update.
 
         The mark is used up before any noise is drawn: whatever fails afterwards, a second try
@@ -88,23 +98,50 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         """
         try:
             self._check()
-        except FinetuneError:
+            self.turn.done, self.step_hook = True, None
+            self.turn.paid = not self.turn.last
+            self.clip_and_accumulate()
+            self._is_last_step_skipped = not self.turn.last
+            if not self.turn.last:
+                return False
+            self.add_noise()
+            self.scale_grad()
+        except BaseException:
             self.drop()
             distributed.agree(well=False)
             raise
-        self.turn.done, self.step_hook = True, None
-        self.turn.paid = not self.turn.last
         try:
-            if not self.turn.rows:
-                self._leave_out()
-            ready = super().pre_step(closure)
-            if ready:
-                self._join()
+            self._join()
         except BaseException:
             self.drop()
             raise
-        self.turn.noised = bool(ready)
-        return ready
+        self.turn.noised = True
+        return True
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients of this part to the parts before.
+
+        A row whose gradient is not finite counts as zero, and so does the row that stands in for
+        none.
+
+        Raises:
+            UnsupportedModel: If gradients of rows do not add up to the gradient of the batch, in
+                steps 1, 2, 4, 8, ...
+        """
+        every = {parameter: parameter.grad_sample for parameter in self.params}
+        norms = torch.stack([clipping.norms(rows) for rows in every.values()]).norm(dim=0)
+        left_out = ~norms.isfinite()
+        if self.turn.rows and not left_out.any():
+            self._check_sums(every, norms)
+        left_out |= not self.turn.rows
+        if left_out.any():
+            norms = norms.masked_fill(left_out, 0)
+            every = {each: clipping.without(rows, left_out) for each, rows in every.items()}
+        factors = ((1 - _ROUNDING) * self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        for parameter, rows in every.items():
+            clipped, before = clipping.weighted(rows, factors), parameter.summed_grad
+            parameter.summed_grad = clipped if before is None else before.add_(clipped)
+        self._taken += 1
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> NoReturn:
         """Refuse: a hook would see noised gradients, and could make them released twice."""
@@ -138,16 +175,23 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.noise_multiplier, self.max_grad_norm = plan.noise_multiplier, plan.max_grad_norm
         self.expected_batch_size = plan.expected_batch_size
 
+    def saw(self, parameter: torch.Tensor) -> None:
+        """Take what a backward pass left on a parameter, so that nobody finds it there."""
+        if self._is_due:
+            self._means[parameter] = parameter.grad
+        parameter.grad = None
+
     def drop(self) -> None:
-        """Drop every gradient and norm, clipped sums before noise too."""
+        """Drop every gradient, clipped sums before noise too."""
         self._is_last_step_skipped = False
         self.zero_grad(set_to_none=True)
         self.forget()
 
     def forget(self) -> None:
         """Drop what a backward pass left for single rows."""
+        self._means.clear()
         for parameter in self._parameters.values():
-            for name in ("grad_sample", "_norm_sample", "_current_grad_sample"):
+            for name in ("grad_sample", "_current_grad_sample"):
                 if getattr(parameter, name, None) is not None:
                     setattr(parameter, name, None)
             if getattr(parameter, "_forward_counter", 0):
@@ -162,8 +206,10 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         for hook in self._hooks:
             hook.remove()
 
-    def _check_skip_next_step(self, pop_next: bool = True) -> bool:  # noqa: ARG002, FBT001, FBT002
-        return not self.turn.last
+    @property
+    def _is_due(self) -> bool:
+        """Whether sums are checked in this step: its number is a power of two."""
+        return not self._taken & (self._taken - 1)
 
     def _check(self) -> None:
         for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size"):
@@ -190,31 +236,52 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         Raises:
             WeightsChanged: If so.
         """
-        known = map(id, self._parameters.values())
-        if self._weights != self._now() or list(known) != list(map(id, self._module.parameters())):
+        known = [*map(id, self._parameters.values())]
+        if self._known != self._now() or known != [*map(id, self._module.parameters())]:
             raise WeightsChanged(
-                "weights, or which of them are trained, were changed since the last step by"
-                " something else than this optimizer; what that learned from is not accounted for"
+                "weights, or which of them are trained, or buffers were changed since the last step"
+                " by something else than this optimizer; what that learned from is not accounted"
+                " for (statistics of batches that a layer keeps are one: put it in eval())"
             )
 
-    def _now(self) -> tuple[tuple[bool, int, int], ...]:
+    def _now(self) -> tuple[object, ...]:
         every = self._parameters.values()
-        return tuple((p.requires_grad, p._version, p.data_ptr()) for p in every)  # noqa: SLF001
+        return (
+            *((p.requires_grad, p._version, p.data_ptr()) for p in every),  # noqa: SLF001
+            *((b._version, b.data_ptr()) for b in self._buffers.values()),  # noqa: SLF001
+        )
 
     def _samples(self, parameter: torch.Tensor) -> int:
-        """Return how many samples a parameter has gradients, or their norms, of."""
-        raise NotImplementedError
+        """Return how many rows a parameter has gradients of."""
+        rows = getattr(parameter, "grad_sample", None)
+        if rows is None:
+            raise NoGradient(
+                f"{self._name(parameter)} got no gradient of single rows in this backward pass:"
+                " let the loss depend on it, or freeze it with requires_grad_(False); a weight"
+                " that is used outside the forward pass of its own layer has none"
+            )
+        if isinstance(rows, list):
+            raise UnmarkedStep("several backward passes for one step; take one for each batch")
+        return len(rows)
 
-    def _leave_out(self) -> None:
-        """Make the gradient of the row that stands in for none zero."""
-        raise NotImplementedError
+    def _check_sums(self, every: dict[torch.Tensor, clipping.Rows], norms: torch.Tensor) -> None:
+        """Compare the mean of the rows' gradients with what the backward pass says."""
+        most = _TOLERANCE * norms.mean() + torch.finfo(torch.float32).tiny
+        for parameter, mean in self._means.items():
+            if mean is None or parameter not in every:
+                continue
+            found = clipping.weighted(every[parameter], torch.full_like(norms, 1 / len(norms)))
+            if not (found - mean).double().norm() <= most:
+                raise UnsupportedModel(
+                    f"the gradients of single rows of {self._name(parameter)} do not add up to its"
+                    " gradient: its layer is computed in a way that Opacus does not see (keyword"
+                    " arguments, attributes that change, padding of convolutions, a use of the"
+                    " weight outside the layer); freeze it, or train adapters"
+                )
 
-    def _missing(self, parameter: torch.Tensor, way: str) -> NoGradient:
+    def _name(self, parameter: torch.Tensor) -> str:
         names = (name for name, each in self._parameters.items() if each is parameter)
-        return NoGradient(
-            f"{next(names, 'a parameter')} got no gradient {way}; freeze it"
-            " with requires_grad_(False), or let the loss depend on it"
-        )
+        return next(names, "a parameter").removeprefix("_module.")
 
     def _check_update(self, *_: object) -> None:
         """Refuse an update of the wrapped optimizer without clipping and noise."""
@@ -226,92 +293,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.turn.noised = False
 
     def _updated(self, *_: object) -> None:
-        self._weights = self._now()
-
-
-class HooksOptimizer(Guarded):
-    """Clips a gradient for each row; one that is not finite counts as zero."""
-
-    def _samples(self, parameter: torch.Tensor) -> int:
-        gradients = getattr(parameter, "grad_sample", None)
-        if gradients is None:
-            raise self._missing(parameter, "in this backward pass")
-        if isinstance(gradients, list):
-            raise UnmarkedStep("gradients of several backward passes in one step")
-        return len(gradients)
-
-    def _leave_out(self) -> None:
-        for parameter in self.params:
-            parameter.grad_sample = torch.zeros_like(parameter.grad_sample)
-
-    def clip_and_accumulate(self) -> None:
-        """Clip and sum; a bound needs rows that are not finite left out."""
-        before = [parameter.summed_grad for parameter in self.params]
-        kept = [None if summed is None else summed.clone() for summed in before]
-        super().clip_and_accumulate()
-        if all(parameter.summed_grad.isfinite().all() for parameter in self.params):
-            return
-        finite = torch.stack(
-            [gradients.flatten(1).isfinite().all(1) for gradients in self.grad_samples]
-        ).all(0)
-        for parameter, gradients, summed in zip(self.params, self.grad_samples, kept, strict=True):
-            parameter.grad_sample = gradients.clone()
-            parameter.grad_sample[~finite] = 0
-            parameter.summed_grad = summed
-        super().clip_and_accumulate()
-
-
-class GhostOptimizer(Guarded, DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Gets sums that the module clipped in the second of two backward passes (ghost clipping)."""
-
-    _module: Any
-
-    def __init__(self, optimizer: Optimizer, **others: Any) -> None:
-        super().__init__(optimizer, **others)
-        self._sums: dict[int, torch.Tensor] = {}
-
-    def keep(self, parameter: torch.Tensor) -> None:
-        """Keep the sum that a second backward pass left, whatever becomes of the gradient."""
-        if id(parameter) in self._sums:
-            raise UnmarkedStep("several backward passes for one step; take one for each batch")
-        if parameter.grad is not None:
-            self._sums[id(parameter)] = parameter.grad.detach().clone()
-
-    def accumulate(self) -> None:
-        """Add what was kept of this part to the parts before."""
-        for parameter in self.params:
-            kept = self._sums.pop(id(parameter))
-            before = parameter.summed_grad
-            parameter.summed_grad = kept if before is None else before.add_(kept)
-
-    def forget(self) -> None:
-        """Drop what a backward pass left for single rows, and let the next one begin anew."""
-        super().forget()
-        getattr(self, "_sums", {}).clear()
-        self._module.enable_hooks()
-
-    def follow(self, plan: TrainingPlan) -> None:
-        """Go on as another plan says, the module too."""
-        super().follow(plan)
-        self._module.max_grad_norm = plan.max_grad_norm
-
-    def _samples(self, parameter: torch.Tensor) -> int:
-        norms = getattr(parameter, "_norm_sample", None)
-        kept = self._sums.get(id(parameter))
-        if norms is None or kept is None or not self._module.hooks_enabled:
-            raise self._missing(
-                parameter, "from a loss of run.criterion(...), which ghost clipping needs"
-            )
-        if not kept.isfinite().all():
-            raise NotFinite(
-                "a row's gradient is not finite, and ghost clipping cannot leave the row out;"
-                " use mode='hooks', where it counts as zero"
-            )
-        return len(norms)
-
-    def _leave_out(self) -> None:
-        for parameter in self.params:
-            self._sums[id(parameter)] = torch.zeros_like(parameter)
+        self._known = self._now()
 
 
 def secret_generator(device: torch.device) -> torch.Generator:

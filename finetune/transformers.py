@@ -160,7 +160,6 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 self.model, plain, self._plain, mode=self.mode
             )
             self.optimizer = self._optimizer
-            self._mean = self.run.criterion(_Mean())
         return self.optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +210,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 " compute_loss_func has to return one loss for each row, and not their mean, and"
                 " data_collator has to keep rows apart, as the first dimension"
             )
-        loss = self._mean(losses)
+        loss = losses.mean()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -298,15 +297,6 @@ class _Between(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._trainer._save_run()  # noqa: SLF001
-
-
-class _Mean:
-    """A criterion of torch's form over losses of rows: their mean, or they themselves."""
-
-    reduction = "mean"
-
-    def __call__(self, losses: Tensor) -> Tensor:
-        return losses.mean() if self.reduction == "mean" else losses
 
 
 def row_losses(model: nn.Module, label_smoothing: float = 0.0) -> Callable[[Any, Any], Tensor]:

@@ -16,7 +16,6 @@ from accountant import Accountant
 from dp import adaptive
 from finetune import (
     NoGradient,
-    NotFinite,
     NotPoissonSampled,
     SkippedStep,
     TrainingPlan,
@@ -27,7 +26,7 @@ from finetune import (
     WeightsChanged,
     training_run,
 )
-from finetune.ghost import linear_norms
+from finetune.clipping import Lookups, Outer, linear_rows
 
 ROWS, NOISELESS = 24, 5e-3
 MODES = ("hooks", "ghost")
@@ -71,7 +70,6 @@ def trained(accountant, rows, *, mode="hooks", physical=None, workers=0, manager
     taken = 0
     with training_run(accountant, "b", asked, unit="row") as run:
         private, guarded, batches = run.make_private(model, optimizer, loader, mode=mode)
-        criterion = run.criterion(torch.nn.CrossEntropyLoss())
         if manager:
             batches = BatchMemoryManager(
                 data_loader=batches, max_physical_batch_size=physical, optimizer=guarded
@@ -79,7 +77,7 @@ def trained(accountant, rows, *, mode="hooks", physical=None, workers=0, manager
             physical = None
         for features, labels in run.batches(batches, physical=physical):
             assert physical is None or len(features) <= physical
-            criterion(private(features), labels).backward()
+            torch.nn.functional.cross_entropy(private(features), labels).backward()
             guarded.step()
             guarded.zero_grad()
             taken += 1
@@ -141,11 +139,12 @@ def test_a_sample_without_rows_moves_nothing_but_by_noise(accountant, rows, mode
     assert close(weights, by_hand(rows, steps=0))
 
 
-def test_a_row_that_is_not_finite_counts_as_zero_in_any_part(accountant, rows):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("physical", [None, 5])
+def test_a_row_that_is_not_finite_counts_as_zero_in_any_part(accountant, rows, mode, physical):
     rows.tensors[0][13] = float("nan")
-    for physical in (None, 5):
-        weights, _ = trained(accountant, rows, physical=physical)
-        assert close(weights, by_hand(rows, lost=(13,)))
+    weights, _ = trained(accountant, rows, mode=mode, physical=physical)
+    assert close(weights, by_hand(rows, lost=(13,)))
 
 
 def run_of(accountant, rows, model, mode="hooks", steps=2):
@@ -160,34 +159,6 @@ def untouched(model, before) -> bool:
     return all(map(torch.equal, before, model.parameters()))
 
 
-def test_ghost_clipping_cannot_leave_a_row_out_and_says_so(accountant, rows):
-    rows.tensors[0][13] = float("inf")
-    model = network()
-    before = copy.deepcopy(list(model.parameters()))
-    run, private, guarded, loader, _ = run_of(accountant, rows, model, "ghost")
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    features, labels = next(run.batches(loader))
-    criterion(private(features), labels).backward()
-    with pytest.raises(NotFinite, match="mode='hooks'"):
-        guarded.step()
-    assert untouched(model, before)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_ghost_clipping_needs_its_own_loss(accountant, rows):
-    model = network()
-    before = copy.deepcopy(list(model.parameters()))
-    _, private, guarded, loader, _ = (made := run_of(accountant, rows, model, "ghost"))
-    features, labels = next(made[0].batches(loader))
-    torch.nn.functional.cross_entropy(private(features), labels).backward()
-    assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(
-        NoGradient, match=r"0\.weight got no gradient from a loss of run\.criterion"
-    ):
-        guarded.step()
-    assert untouched(model, before)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_for_rows_change_no_weight(accountant, mode):
     """Clipped apiece, the 8 tokens of a row would count 8 times."""
@@ -195,33 +166,14 @@ def test_tokens_for_rows_change_no_weight(accountant, mode):
     model = network()
     before = copy.deepcopy(list(model.parameters()))
     run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
     features, labels = next(run.batches(loader))
     with pytest.raises(UnitsMixed, match=r"shape \(192, 5\) in a batch of 24 rows"):
-        criterion(private(features.reshape(-1, 5)), labels.reshape(-1)).backward()
+        torch.nn.functional.cross_entropy(
+            private(features.reshape(-1, 5)), labels.reshape(-1)
+        ).backward()
     with pytest.raises(NoGradient):
         guarded.step()
     assert untouched(model, before)
-
-
-def test_a_language_loss_by_row_in_ghost_mode(accountant):
-    """One number for each row: the same clipped sum as hooks with a mean within each row."""
-    rows = TensorDataset(torch.randn(ROWS, 8, 5), torch.randint(0, 3, (ROWS, 8)))
-    found = []
-    for mode in MODES:
-        model = network()
-        run, private, guarded, loader, _ = run_of(accountant, rows, model, mode, steps=1)
-        for features, labels in run.batches(loader):
-            logits = private(features)
-            if mode == "ghost":
-                criterion = run.criterion(torch.nn.CrossEntropyLoss())
-                loss = criterion(logits.view(-1, 3), labels.view(-1), shape=logits.shape)
-            else:
-                loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
-            loss.backward()
-            guarded.step()
-        found.append(torch.cat([part.detach().flatten() for part in model.parameters()]))
-    assert close(*found)
 
 
 def test_a_hook_of_a_script_is_refused_and_one_by_force_is_not_called(accountant, rows):
@@ -281,7 +233,7 @@ def test_a_parameter_that_the_loss_does_not_reach(accountant, rows):
     features, labels = next(run.batches(loader))
     hidden = private._module[2](private._module[1](private._module[0](features)))
     torch.nn.functional.cross_entropy(hidden, labels).backward()
-    with pytest.raises(NoGradient, match=r"extra\.weight got no gradient in this backward"):
+    with pytest.raises(NoGradient, match=r"extra\.weight got no gradient of single rows"):
         guarded.step()
 
 
@@ -302,9 +254,8 @@ def test_leaving_in_the_middle_of_a_sample_leaves_no_sum_behind(accountant, rows
     original = torch.optim.SGD(model.parameters(), lr=0.1)
     with training_run(accountant, "b", plan(), unit="row") as run:
         private, guarded, loader = run.make_private(model, original, DataLoader(rows), mode=mode)
-        criterion = run.criterion(torch.nn.CrossEntropyLoss())
         for features, labels in run.batches(loader, physical=10):
-            criterion(private(features), labels).backward()
+            torch.nn.functional.cross_entropy(private(features), labels).backward()
             guarded.step()
             guarded.zero_grad()
             assert any(parameter.summed_grad is not None for parameter in model.parameters())
@@ -348,61 +299,23 @@ def test_what_is_refused_before_the_first_step_costs_nothing(accountant, rows):
 # --- what a review broke --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "criterion", [torch.nn.functional.cross_entropy, lambda a, b: (a.sum(1) - b).square().mean()]
-)
-def test_a_function_cannot_be_the_loss_of_ghost_clipping(accountant, rows, criterion):
-    """It ignores that it is to return a loss for each row, and nothing would be clipped."""
-    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
-    features, labels = next(run.batches(loader))
-    with pytest.raises(UnitsMixed, match="one number for each of 24 rows"):
-        run.criterion(criterion)(private(features), labels)
-
-
-def test_flattened_tokens_without_a_shape_are_no_rows(accountant):
-    rows = TensorDataset(torch.randn(ROWS, 8, 5), torch.randint(0, 3, (ROWS, 8)))
-    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
-    features, labels = next(run.batches(loader, physical=1))
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    with pytest.raises(UnitsMixed, match=r"shape \(8,\)"):
-        criterion(private(features).view(-1, 3), labels.view(-1))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_no_second_noise_is_drawn_for_one_mark(accountant, rows, mode, monkeypatch):
     """Whatever fails after the noise: the mark is used up, and nothing stays."""
     model = network()
     before = copy.deepcopy(list(model.parameters()))
     run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
     features, labels = next(run.batches(loader))
     monkeypatch.setattr(guarded, "scale_grad", lambda: 1 / 0)
-    criterion(private(features), labels).backward()
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
     with pytest.raises(ZeroDivisionError):
         guarded.step()
     monkeypatch.undo()
     assert all(part.grad is None and part.summed_grad is None for part in model.parameters())
-    criterion(private(features), labels).backward()
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
     with pytest.raises(UnmarkedStep):
         guarded.step()
     assert untouched(model, before)
-
-
-def test_norms_of_an_earlier_batch_pay_for_no_other(accountant, rows, monkeypatch):
-    """A second backward pass that failed, in which Opacus leaves its hooks disabled."""
-    model = network()
-    run, private, guarded, loader, _ = run_of(accountant, rows, model, "ghost")
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    features, labels = next(run.batches(loader))
-    monkeypatch.setattr(private, "enable_hooks", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        criterion(private(features), labels).backward()
-    monkeypatch.undo()
-    with pytest.raises(NoGradient):
-        guarded.step()
-    features, labels = next(run.batches(loader))
-    assert private.hooks_enabled
-    assert all(getattr(part, "_norm_sample", None) is None for part in model.parameters())
 
 
 def test_batch_statistics_without_weights_are_refused_too(accountant, rows):
@@ -461,29 +374,6 @@ def test_a_layer_of_rows_and_of_something_else_is_refused(accountant, rows):
         private(features) @ private(torch.randn(3, 5)).T
 
 
-def test_the_norm_of_tokens_that_cancel_is_not_too_small():
-    layer = torch.nn.Linear(2, 1)
-    into = torch.tensor([[[1e6, 1.0], [1e6, -1.0]]])
-    back = torch.tensor([[[1.0], [-1.0]]])
-    found = linear_norms(layer, [into], back)
-    exact = (back.double().mT @ into.double()).norm()
-    assert exact <= found[layer.weight].item() <= exact * 1.01 + 1e2
-    assert found[layer.bias].item() >= 0
-    for large, small in ((1e5, 3.0), (1e10, 1.0)):  # in single, and in double precision
-        into = torch.tensor([[[large, small], [large, -small]]])
-        exact = (back.double().mT @ into.double()).norm()
-        assert linear_norms(layer, [into], back)[layer.weight].item() >= exact * (1 - 1e-6)
-        turned = torch.nn.Linear(1, 2)
-        assert linear_norms(turned, [back], into)[turned.weight].item() >= exact * (1 - 1e-6)
-    for _ in range(200):
-        into, back = torch.randn(3, 7, 4) * 10 ** torch.randn(3, 7, 1), torch.randn(3, 7, 5)
-        layer = torch.nn.Linear(4, 5)
-        exact = (back.double().mT @ into.double()).flatten(1).norm(dim=1)
-        norms = linear_norms(layer, [into], back)[layer.weight]
-        assert (norms >= exact.float() * (1 - 1e-6)).all()
-        assert (norms <= exact * 1.01 + 1e-3).all()
-
-
 def test_nothing_comes_from_the_loader_itself(accountant, rows):
     run, _, _, loader, _ = run_of(accountant, rows, network())
     with pytest.raises(NotPoissonSampled, match=r"run\.batches\(loader\)"):
@@ -512,69 +402,14 @@ def test_nothing_of_single_rows_stays_after_an_error(accountant, rows, mode):
         training_run(accountant, "b", plan(), unit="row") as run,
     ):
         private, _, loader = run.make_private(model, original, DataLoader(rows), mode=mode)
-        criterion = run.criterion(torch.nn.CrossEntropyLoss())
         features, labels = next(run.batches(loader))
-        criterion(private(features), labels).backward()
+        torch.nn.functional.cross_entropy(private(features), labels).backward()
         private(features)
         raise KeyboardInterrupt
     for parameter in model.parameters():
-        for name in ("grad", "grad_sample", "summed_grad", "_norm_sample"):
+        for name in ("grad", "grad_sample", "summed_grad", "_current_grad_sample"):
             assert getattr(parameter, name, None) is None
     assert not any("activations" in module.__dict__ for module in model.modules())
-
-
-def test_gradients_that_a_script_changed_have_no_effect(accountant, rows):
-    model = network()
-    run, private, guarded, loader, original = run_of(accountant, rows, model, "ghost", steps=1)
-    original.param_groups[0]["lr"] = 1.0
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    for features, labels in run.batches(loader):
-        criterion(private(features), labels).backward()
-        for parameter in model.parameters():
-            parameter.grad.mul_(10)
-        guarded.step()
-    assert close(
-        torch.cat([part.detach().flatten() for part in model.parameters()]),
-        by_hand(rows, steps=1),
-    )
-
-
-class Penalized(torch.nn.Module):
-    """Uses the weight of a layer outside it, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Linear(5, 5)
-        self.head = torch.nn.Linear(5, 3)
-
-    def forward(self, features):
-        hidden = self.inner(features)
-        return self.head(torch.nn.functional.linear(hidden, self.inner.weight))
-
-
-def test_weights_that_are_used_outside_their_layer_have_no_norm(accountant, rows):
-    model = Penalized()
-    run, private, _, loader, _ = run_of(accountant, rows, model, "ghost")
-    features, labels = next(run.batches(loader))
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    with pytest.raises(NoGradient, match=r"inner\.weight is used 2 times"):
-        criterion(private(features), labels).backward()
-    model = network()
-    run, private, _, loader, _ = run_of(accountant, rows, model, "ghost")
-    features, labels = next(run.batches(loader))
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    penalty = 50 * sum(part.square().sum() for part in model.parameters())
-    with pytest.raises(NoGradient, match="used 2 times"):
-        (criterion(private(features), labels) * 1 + penalty).backward()
-
-
-def test_two_backward_passes_in_ghost_mode(accountant, rows):
-    run, private, _, loader, _ = run_of(accountant, rows, network(), "ghost")
-    features, labels = next(run.batches(loader))
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
-    criterion(private(features), labels).backward()
-    with pytest.raises(UnmarkedStep, match="several backward passes"):
-        criterion(private(features), labels).backward()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -595,10 +430,9 @@ def test_statistics_that_are_thawed_in_the_loop(accountant, rows, mode):
 def test_looking_and_copying_between_steps_does_no_harm(accountant, rows, mode, physical, parts):
     model = network()
     run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
     taken = 0
     for features, labels in run.batches(loader, physical=physical):
-        criterion(private(features), labels).backward()
+        torch.nn.functional.cross_entropy(private(features), labels).backward()
         guarded.step()
         guarded.zero_grad()
         private(features)  # in training mode, for its loss
@@ -619,14 +453,6 @@ def test_a_layer_that_is_exchanged_in_the_loop(accountant, rows):
         guarded.step()
 
 
-class Tied(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(3, 3)
-        self.head = torch.nn.Linear(3, 3, bias=False)
-        self.head.weight = self.embed.weight
-
-
 def test_models_that_cannot_be_trained_are_named_before_a_step(accountant, rows):
     class Checkpointed(torch.nn.Linear):
         gradient_checkpointing = True
@@ -640,14 +466,12 @@ def test_models_that_cannot_be_trained_are_named_before_a_step(accountant, rows)
 
     normed = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
     for model, mode, words in (
-        (Tied(), "ghost", r"embed\.weight is tied: 2 modules"),
         (Checkpointed(5, 3), "hooks", "gradient checkpointing"),
         (normed, "hooks", "BatchNorm"),
         (torch.nn.Sequential(Frozen(5, 3)), "ghost", r"0 is in evaluation mode.*model\.train"),
     ):
         with pytest.raises(UnsupportedModel, match=words):
             run_of(accountant, rows, model, mode)
-    run_of(accountant, rows, Tied())
 
 
 def test_a_manager_of_another_loader_is_refused(accountant, rows):
@@ -661,3 +485,259 @@ def test_a_manager_of_another_loader_is_refused(accountant, rows):
         pytest.raises(NotPoissonSampled),
     ):
         next(run.batches(batches))
+
+
+# --- gradients of single rows ---------------------------------------------------------------------
+
+
+class Language(torch.nn.Module):
+    """Every kind of layer that is kept as factors, or not: looked up, normed, projected, tied."""
+
+    def __init__(self, *, tied=False):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = torch.nn.Embedding(11, 6, padding_idx=0)
+        self.norm = torch.nn.LayerNorm(6, bias=False)
+        self.wide, self.narrow = torch.nn.Linear(6, 40), torch.nn.Linear(40, 6)
+        self.head = torch.nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        hidden = self.norm(self.embed(ids))
+        for _ in range(2):  # one layer, used twice
+            hidden = hidden + self.narrow(self.wide(hidden).tanh())
+        return self.head(hidden)
+
+
+def language_loss(model, ids):
+    return torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), ids)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
+def test_every_layer_is_clipped_as_by_hand(accountant, mode, tied, max_grad_norm):
+    """Padding, norms without bias, layers used twice and tied ones: against one row at a time."""
+    texts = torch.randint(0, 11, (ROWS, 4))
+    model = Language(tied=tied)
+    expected = [torch.zeros_like(part) for part in model.parameters()]
+    for text in texts:
+        gradients = torch.autograd.grad(language_loss(model, text[None]), [*model.parameters()])
+        norm = torch.cat([part.flatten() for part in gradients]).norm()
+        for summed, gradient in zip(expected, gradients, strict=True):
+            summed.add_(gradient * min(1.0, max_grad_norm / norm))
+    asked = plan(max_grad_norm=max_grad_norm, steps=1)
+    with training_run(accountant, "b", asked, unit="row") as run:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        private, guarded, loader = run.make_private(
+            model, optimizer, DataLoader(TensorDataset(texts)), mode=mode
+        )
+        for (ids,) in run.batches(loader, physical=10):
+            language_loss(private, ids).backward()
+            assert all(part.grad is None for part in model.parameters())
+            guarded.step()
+        for part, summed in zip(model.parameters(), expected, strict=True):
+            off = (part.summed_grad - summed).norm()
+            assert off <= 1e-4 * summed.norm() + 2e-5 * max_grad_norm * (max_grad_norm < 1)
+
+
+def test_ghost_clipping_keeps_factors_where_they_are_smaller(accountant):
+    model = Language()
+    run, private, _, loader, _ = run_of(
+        accountant, TensorDataset(torch.randint(0, 11, (ROWS, 4))), model, "ghost"
+    )
+    (ids,) = next(run.batches(loader))
+    language_loss(private, ids).backward()
+    assert isinstance(model.embed.weight.grad_sample, Lookups)
+    assert isinstance(model.head.weight.grad_sample, torch.Tensor)  # 4 * (6 + 11) > 6 * 11
+    layer = torch.nn.Linear(64, 64)
+    found = linear_rows(layer, [torch.randn(2, 5, 64)], torch.randn(2, 5, 64))
+    assert isinstance(found[layer.weight], Outer)
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e10])
+def test_a_gradient_whose_tokens_cancel_is_bounded_all_the_same(scale):
+    """Its norm in double precision may be less than what single precision makes of the sum."""
+    into = torch.tensor([[[scale, 3.0], [scale, -3.0]]])
+    back = torch.tensor([[[1.0], [-1.0]]])
+    for outer in (Outer(back, into), Outer(into, back)):
+        exact = (outer.back.double().mT @ outer.into.double()).norm()
+        assert outer.norms() >= max(exact, outer.weighted(torch.ones(1)).double().norm())
+
+
+def test_norms_are_rounded_up_and_by_little():
+    torch.manual_seed(0)
+    for _ in range(200):
+        into, back = torch.randn(3, 7, 4) * 10 ** torch.randn(3, 7, 1), torch.randn(3, 7, 5)
+        ids = torch.randint(0, 3, (3, 7))
+        for rows in (Outer(back, into), Lookups(ids, back, 3)):
+            exact = rows.whole().double().flatten(1).norm(dim=1)
+            assert (rows.norms() >= exact * (1 - 1e-6)).all()
+            assert (rows.norms() <= exact * 1.001 + 1e-3).all()
+
+
+class Penalized(torch.nn.Module):
+    """Uses the weight of a layer outside it, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(5, 5)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, features):
+        hidden = self.inner(features)
+        return self.head(torch.nn.functional.linear(hidden, self.inner.weight))
+
+
+class Scaled(torch.nn.Module):
+    """A layer that Opacus differentiates by itself: with what it was at the start, by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.power = torch.nn.Parameter(torch.ones(5)), 1.0
+
+    def forward(self, features, power=None):
+        return features * self.weight * (power or self.power)
+
+
+class ByKeyword(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scaled, self.head = Scaled(), torch.nn.Linear(5, 3)
+
+    def forward(self, features):
+        return self.head(self.scaled(features, power=3.0))
+
+
+class Circular(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolved = torch.nn.Conv1d(1, 1, 3, padding=2, padding_mode="circular")
+        self.head = torch.nn.Linear(7, 3)
+
+    def forward(self, features):
+        return self.head(self.convolved(features[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Penalized, r"inner\.weight do not add up"),
+        (ByKeyword, r"scaled\.weight do not add up"),
+        (Circular, r"convolved\.weight do not add up"),
+    ],
+)
+def test_gradients_that_opacus_does_not_see_are_named_in_the_first_step(
+    accountant, rows, mode, model, words
+):
+    model = model()
+    before = copy.deepcopy(list(model.parameters()))
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(UnsupportedModel, match=words):
+        guarded.step()
+    assert untouched(model, before)
+    assert all(part.summed_grad is None for part in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("physical", [None, 1])
+def test_two_backward_passes_for_one_step(accountant, rows, mode, physical):
+    run, private, guarded, loader, _ = run_of(accountant, rows, network(), mode)
+    features, labels = next(run.batches(loader, physical=physical))
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(UnmarkedStep, match="several backward passes"):
+        guarded.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_a_penalty_on_activations_is_clipped_with_the_rest(accountant, mode, penalty):
+    """One row that is large, with a scalar added to the loss: no more than its clipping norm."""
+    rows = TensorDataset(torch.randn(ROWS, 5) * 0.01, torch.randint(0, 3, (ROWS,)))
+    rows.tensors[0][-1] = 1000
+    sums = []
+    for count in (ROWS, ROWS - 1):
+        model = network()
+        taken = TensorDataset(*(tensor[:count] for tensor in rows.tensors))
+        run, _, guarded, loader, _ = run_of(accountant, taken, model, mode, steps=1)
+        for features, labels in run.batches(loader):
+            hidden = model[0](features)
+            loss = torch.nn.functional.cross_entropy(model[2](model[1](hidden)), labels)
+            (loss + penalty * hidden.square().mean()).backward()
+            guarded.step()
+        sums.append(torch.cat([part.summed_grad.flatten() for part in model.parameters()]))
+    assert 0.49 <= (sums[0] - sums[1]).norm() <= 0.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_is_refused(accountant, rows, mode):
+    run, private, _, loader, _ = run_of(accountant, rows, network(), mode)
+    features, _ = next(run.batches(loader))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedSetting, match="autocast"):
+        private(features)
+
+
+class Normalized(torch.nn.Module):
+    """Keeps a mean of what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, features):
+        if self.training:
+            self.mean.mul_(0.9).add_(features.mean(0), alpha=0.1)
+        return self.head(features - self.mean)
+
+
+def test_statistics_that_a_layer_keeps_are_seen(accountant, rows):
+    run, private, guarded, loader, _ = run_of(accountant, rows, Normalized())
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(WeightsChanged, match="buffers"):
+        guarded.step()
+
+
+def test_layers_that_opacus_cannot_see_into_are_named(accountant, rows):
+    class Keyword(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(5, 3)
+
+        def forward(self, features):
+            return self.head(input=features)
+
+    run, private, _, loader, _ = run_of(accountant, rows, Keyword())
+    features, _ = next(run.batches(loader))
+    with pytest.raises(UnsupportedModel, match=r"pass them by position.*\['input'\]"):
+        private(features)
+    run, private, _, loader, _ = run_of(accountant, rows, network())
+    features, _ = next(run.batches(loader))
+    private.eval()
+    with pytest.raises(UnsupportedModel, match="evaluation mode"):
+        private(features)
+
+
+def test_an_optimizer_that_evaluates_several_times_is_refused(accountant, rows):
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with (
+        pytest.raises(UnsupportedSetting, match="LBFGS"),
+        training_run(accountant, "b", plan(), unit="row") as run,
+    ):
+        run.make_private(model, optimizer, DataLoader(rows))
+
+
+def test_batches_after_the_run_has_ended(accountant, rows):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        _, _, loader = run.make_private(model, optimizer, DataLoader(rows))
+    with pytest.raises(UnmarkedStep, match="within the with block"):
+        next(run.batches(loader))

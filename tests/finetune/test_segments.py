@@ -35,13 +35,14 @@ def seen(run, mode="hooks", most=99, physical=None):
     """Run to the end, or for some batches; return what each step was made with."""
     found = []
     model, optimizer, loader = run.make_private(*parts(), mode=mode)
-    criterion = run.criterion(torch.nn.CrossEntropyLoss())
+    criterion = torch.nn.CrossEntropyLoss()
     for features, labels in run.batches(loader, physical=physical):
         criterion(model(features), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        clip = model.max_grad_norm if mode == "ghost" else optimizer.max_grad_norm
-        found.append((optimizer.noise_multiplier, clip, optimizer.expected_batch_size))
+        found.append(
+            (optimizer.noise_multiplier, optimizer.max_grad_norm, optimizer.expected_batch_size)
+        )
         if len(found) == most:
             break
     return found

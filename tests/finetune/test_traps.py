@@ -310,7 +310,7 @@ def memory_manager(w):
 
 def ghost(w):
     with w.run(mode="ghost") as (run, model, optimizer, loader):
-        criterion = run.criterion(nn.CrossEntropyLoss())
+        criterion = nn.CrossEntropyLoss()
         for batch in run.batches(loader):
             w.step(model, optimizer, batch, criterion)
 
