@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from opacus import GradSampleModule
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from opacus.grad_sample.grad_sample_module import promote_current_grad_sample
 from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
@@ -192,18 +193,15 @@ def _layer_norm_rows(
 
 
 class HooksModule(GradSampleModule):  # type: ignore[misc]
-    """Opacus's module, with gradients of padding left out, and of norms without a bias."""
+    """Opacus's module, which keeps what it computes for each row without copying it.
+
+    Gradients of padding are left out, as by torch, and norms may have no bias.
+    """
 
     GRAD_SAMPLERS: ClassVar[Any] = ChainMap(
         {nn.Embedding: _whole_embedding_rows, nn.LayerNorm: _layer_norm_rows},
         GradSampleModule.GRAD_SAMPLERS,
     )
-
-
-class GhostModule(HooksModule):
-    """The same with factors for linear layers and embeddings."""
-
-    FACTORED: ClassVar[Any] = {nn.Linear: linear_rows, nn.Embedding: embedding_rows}
 
     def __init__(self, model: nn.Module, **others: Any) -> None:
         super().__init__(model, **others)
@@ -220,11 +218,8 @@ class GhostModule(HooksModule):
         loss_reduction: str,
         batch_first: bool,  # noqa: FBT001 - Opacus's signature
     ) -> None:
-        """Keep what the gradients of single rows are made of."""
-        if type(module) not in self.FACTORED or not self.hooks_enabled:
-            super().capture_backprops_hook(
-                module, _forward_input, forward_output, loss_reduction, batch_first
-            )
+        """Keep the gradients of single rows, or what they are made of."""
+        if not self.hooks_enabled:
             return
         activations, backprops = self.rearrange_grad_samples(
             module=module,
@@ -232,17 +227,36 @@ class GhostModule(HooksModule):
             loss_reduction=loss_reduction,
             batch_first=batch_first,
         )
-        for parameter, rows in self.FACTORED[type(module)](module, activations, backprops).items():
-            before = getattr(parameter, "_current_grad_sample", None)
-            now = rows if before is None else _whole(before) + _whole(rows)
-            parameter._current_grad_sample = (  # noqa: SLF001
-                _whole(now) if parameter in self._shared else now
-            )
-            parameter._forward_counter -= 1  # noqa: SLF001
-            if parameter._forward_counter == 0:  # noqa: SLF001
-                promote_current_grad_sample(parameter)
+        count = int(module.max_batch_len)  # type: ignore[arg-type]
+        sampler = self.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
+        for parameter, rows in sampler(module, activations, backprops).items():
+            if not parameter.requires_grad:
+                continue
+            now, before = rows, getattr(parameter, "_current_grad_sample", None)
+            if before is not None or parameter in self._shared or len(rows) < count:
+                now = _padded(_whole(rows), count)
+                now = now if before is None else _whole(before) + now
+            parameter._current_grad_sample = now  # noqa: SLF001
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter._forward_counter -= 1  # type: ignore[attr-defined]  # noqa: SLF001
+                if parameter._forward_counter == 0:  # type: ignore[attr-defined]  # noqa: SLF001
+                    promote_current_grad_sample(parameter)
         if not module.activations:
             module.__dict__.pop("max_batch_len", None)
+
+
+class GhostModule(HooksModule):
+    """The same with factors for linear layers and embeddings."""
+
+    GRAD_SAMPLERS: ClassVar[Any] = ChainMap(
+        {nn.Linear: linear_rows, nn.Embedding: embedding_rows}, HooksModule.GRAD_SAMPLERS
+    )
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Return gradients of ``count`` rows: of packed sequences, the short ones come last."""
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _whole(rows: Rows) -> Tensor:

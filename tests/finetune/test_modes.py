@@ -490,6 +490,17 @@ def test_a_manager_of_another_loader_is_refused(accountant, rows):
 # --- gradients of single rows ---------------------------------------------------------------------
 
 
+class Shifted(torch.nn.Module):
+    """A weight of its own beside a layer: Opacus differentiates both by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.inner = torch.nn.Parameter(torch.ones(6)), torch.nn.Linear(6, 6)
+
+    def forward(self, hidden):
+        return self.inner(hidden + self.shift)
+
+
 class Language(torch.nn.Module):
     """Every kind of layer that is kept as factors, or not: looked up, normed, projected, tied."""
 
@@ -498,13 +509,14 @@ class Language(torch.nn.Module):
         torch.manual_seed(2)
         self.embed = torch.nn.Embedding(11, 6, padding_idx=0)
         self.norm = torch.nn.LayerNorm(6, bias=False)
+        self.shifted = Shifted()
         self.wide, self.narrow = torch.nn.Linear(6, 40), torch.nn.Linear(40, 6)
         self.head = torch.nn.Linear(6, 11, bias=False)
         if tied:
             self.head.weight = self.embed.weight
 
     def forward(self, ids):
-        hidden = self.norm(self.embed(ids))
+        hidden = self.shifted(self.norm(self.embed(ids)))
         for _ in range(2):  # one layer, used twice
             hidden = hidden + self.narrow(self.wide(hidden).tanh())
         return self.head(hidden)
