@@ -227,15 +227,13 @@ class HooksModule(GradSampleModule):  # type: ignore[misc]
             loss_reduction=loss_reduction,
             batch_first=batch_first,
         )
-        count = int(module.max_batch_len)  # type: ignore[arg-type]
         sampler = self.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
         for parameter, rows in sampler(module, activations, backprops).items():
             if not parameter.requires_grad:
                 continue
             now, before = rows, getattr(parameter, "_current_grad_sample", None)
-            if before is not None or parameter in self._shared or len(rows) < count:
-                now = _padded(_whole(rows), count)
-                now = now if before is None else _whole(before) + now
+            if before is not None or parameter in self._shared:
+                now = _whole(rows) if before is None else _whole(before) + _whole(rows)
             parameter._current_grad_sample = now  # noqa: SLF001
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -252,11 +250,6 @@ class GhostModule(HooksModule):
     GRAD_SAMPLERS: ClassVar[Any] = ChainMap(
         {nn.Linear: linear_rows, nn.Embedding: embedding_rows}, HooksModule.GRAD_SAMPLERS
     )
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """Return gradients of ``count`` rows: of packed sequences, the short ones come last."""
-    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _whole(rows: Rows) -> Tensor:

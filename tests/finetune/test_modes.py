@@ -6,9 +6,11 @@ With next to no noise the clipped sum of a step can be read off the weights.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from opacus.layers import DPLSTM
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -526,13 +528,25 @@ def language_loss(model, ids):
     return torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), ids)
 
 
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = torch.nn.Embedding(11, 6)
+        self.memory = DPLSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = torch.nn.Linear(10, 11)
+
+    def forward(self, ids):
+        return self.head(self.memory(self.embed(ids))[0])
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model", [Language, partial(Language, tied=True), Recurrent])
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
-def test_every_layer_is_clipped_as_by_hand(accountant, mode, tied, max_grad_norm):
+def test_every_layer_is_clipped_as_by_hand(accountant, mode, model, max_grad_norm):
     """Padding, norms without bias, layers used twice and tied ones: against one row at a time."""
     texts = torch.randint(0, 11, (ROWS, 4))
-    model = Language(tied=tied)
+    model = model()
     expected = [torch.zeros_like(part) for part in model.parameters()]
     for text in texts:
         gradients = torch.autograd.grad(language_loss(model, text[None]), [*model.parameters()])
