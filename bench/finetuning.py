@@ -85,7 +85,7 @@ def train(
                     private, guarded, loader = run.make_private(
                         model, optimizer, DataLoader(rows), mode=mode
                     )
-                    criterion = run.criterion(nn.CrossEntropyLoss())
+                    criterion = nn.CrossEntropyLoss()
                     for batch in run.batches(loader, physical=PHYSICAL):
                         loss(criterion, private, batch).backward()
                         guarded.step()

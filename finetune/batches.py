@@ -114,3 +114,48 @@ def stand_in(batch: Any) -> Any:
         f"no batch without rows can be made of {type(batch).__name__}: let collate_fn return"
         " tensors, or lists, tuples and dicts of them"
     )
+
+
+def made_up(collate: Callable[[list[Any]], Any], example: Any, rows: int) -> tuple[Any, Any]:
+    """Return a batch of made-up rows of the form of an example, and the same without the last row.
+
+    Numbers are at random in [0, 1], whole ones 0 or 1; what is never anything else, as a mask, is
+    the same in every row, and negative labels, which are ignored, stay.
+
+    Args:
+        collate: Makes a batch of rows.
+        example: A row; nothing of it but its form is in the batches.
+        rows: How many to make, at least 2.
+
+    >>> whole, part = made_up(torch.stack, torch.tensor([7.5, 2.0]), 3)
+    >>> whole.shape, torch.equal(whole[:2], part), whole[0].equal(whole[1])
+    (torch.Size([3, 2]), True, False)
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def both(whole: Any, part: Any) -> tuple[Any, Any]:
+        if isinstance(whole, torch.Tensor):
+            whole = _at_random(whole, generator)
+            apart = whole.shape[:1] == (rows,) and part.shape[:1] == (rows - 1,)
+            return whole, whole[:-1] if apart else whole
+        if isinstance(whole, Mapping):
+            named = {name: both(whole[name], part[name]) for name in whole}
+            made = [{name: pair[at] for name, pair in named.items()} for at in (0, 1)]
+            return tuple(each if type(whole) is dict else type(whole)(each) for each in made)  # type: ignore[return-value, call-arg]
+        if isinstance(whole, list | tuple):
+            pairs = [both(*each) for each in zip(whole, part, strict=False)]
+            parts = [[pair[at] for pair in pairs] for at in (0, 1)]
+            fields = hasattr(whole, "_fields")
+            return tuple(type(whole)(*each) if fields else type(whole)(each) for each in parts)  # type: ignore[return-value]
+        return stand_in(whole), stand_in(part)
+
+    return both(collate([example] * rows), collate([example] * (rows - 1)))
+
+
+def _at_random(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+    if tensor.dim() > 1 and ((tensor == 0) | (tensor == 1)).all():
+        return torch.full_like(tensor, bool(tensor.any()))
+    drawn = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor)
+    return torch.where(tensor < 0, tensor, drawn)

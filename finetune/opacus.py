@@ -42,9 +42,7 @@ from typing import Any, Literal
 
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
-from opacus.validators import ModuleValidator
-from torch import Tensor, float32, float64, is_autocast_enabled, is_grad_enabled, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import (
     DataLoader,
@@ -71,9 +69,12 @@ from finetune.errors import (
     UnsupportedModel,
     UnsupportedSetting,
 )
+from finetune.models import check_model, mixes_rows
 from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
 from finetune.supervision import Told, next_number, tell
+
+_MODES = {"hooks": HooksModule, "ghost": GhostModule}
 
 
 @contextmanager
@@ -283,9 +284,11 @@ class TrainingRun:
             )
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {sorted(_MODES)}, got {mode!r}")
         if self._optimizer is not None:
             raise TypeError("this run has its model; start another run for another one")
-        _check_model(model, mode)
+        check_model(model)
         example, rows = loader.dataset[0], loader.dataset
         if distributed.ranks() > 1:
             share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
@@ -308,9 +311,8 @@ class TrainingRun:
         elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())
-        wrap = GhostModule if mode == "ghost" else HooksModule
         try:
-            self._model = wrap(model, loss_reduction="mean")
+            self._model = _MODES[mode](model, loss_reduction="mean")
         except NotImplementedError as error:
             raise UnsupportedModel(f"Opacus cannot take it: {error}") from error
         self._optimizer = Guarded(optimizer, plan=self.plan, turn=self._turn, module=self._model)
@@ -334,7 +336,7 @@ class TrainingRun:
             if any(each.requires_grad for each in module.parameters(recurse=False)):
                 hook = module.register_forward_pre_hook(check_rows, with_kwargs=True)
                 self._hooks.append(hook)
-            if _mixes_rows(module):
+            if mixes_rows(module):
                 self._hooks.append(module.register_forward_pre_hook(check_statistics))
         return self._model, self._optimizer, self._loader
 
@@ -478,44 +480,3 @@ def _loader(
         pin_memory=of.pin_memory,
         worker_init_fn=of.worker_init_fn,
     )
-
-
-def _mixes_rows(module: nn.Module) -> bool:
-    """Say whether a layer computes statistics of a batch in training mode."""
-    batch_norm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - all of them
-    return isinstance(module, batch_norm) or bool(getattr(module, "track_running_stats", False))
-
-
-def _check_model(model: nn.Module, mode: str) -> None:
-    if mode not in ("hooks", "ghost"):
-        raise ValueError(f"mode must be 'hooks' or 'ghost', got {mode!r}")
-    if isinstance(model, DistributedDataParallel):
-        raise UnsupportedModel(
-            "pass the model itself: the guarded optimizer adds up the clipped sums of the ranks,"
-            " and DistributedDataParallel would average raw gradients before"
-        )
-    for name, module in model.named_modules():
-        own = [each for each in module.parameters(recurse=False) if each.requires_grad]
-        if any(each.dtype not in (float32, float64) for each in own):
-            raise UnsupportedModel(
-                f"{name or 'the model'} has trainable weights of {own[0].dtype}, too coarse for"
-                " clipping and noise; keep them in float32 (frozen ones may be smaller)"
-            )
-        if own and not module.training:
-            raise UnsupportedModel(
-                f"{name or 'the model'} is in evaluation mode, in which no gradients of single rows"
-                " are seen; call model.train() first (from_pretrained leaves models in it)"
-            )
-        if module.training and _mixes_rows(module):
-            raise UnsupportedModel(
-                f"{name or 'the model'} is a {type(module).__name__}: batch statistics mix rows"
-                " and are kept without noise; use GroupNorm or LayerNorm, or put it in eval()"
-            )
-        if getattr(module, "gradient_checkpointing", False) is True:
-            raise UnsupportedModel(
-                f"{name or 'the model'} uses gradient checkpointing, under which no gradients of"
-                " single rows are seen; turn it off and take smaller physical batches"
-            )
-    errors = ModuleValidator.validate(model, strict=False)
-    if errors:
-        raise UnsupportedModel("; ".join(map(str, errors)))

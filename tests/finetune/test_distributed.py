@@ -14,7 +14,7 @@ import torch
 from accountant import Accountant
 from dp import adaptive
 from finetune import UnsupportedModel
-from finetune.opacus import _check_model
+from finetune.models import check_model
 
 PLAN = {
     "noise_multiplier": 5e-3,
@@ -154,6 +154,6 @@ def test_a_model_that_averages_raw_gradients_is_refused(tmp_path):
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         with pytest.raises(UnsupportedModel, match="pass the model itself"):
-            _check_model(wrapped, "hooks")
+            check_model(wrapped)
     finally:
         torch.distributed.destroy_process_group()
