@@ -20,7 +20,8 @@ class PoissonSampler(Sampler[list[int]]):
 
     Args:
         rows: Number of rows.
-        sampling_probability: Of each row in each step; realised to 2**-53.
+        sampling_probability: Of each row in each step; realised to 2**-53, so a plan has no smaller
+            one than 1e-9.
         steps: Number of samples, empty ones included.
         most: Most rows of a part; a larger sample comes in several.
 

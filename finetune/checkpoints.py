@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from accountant.requests import Holds
 from finetune.errors import CheckpointInvalid, PlanChanged
@@ -87,15 +89,32 @@ class Checkpoint:
             raise CheckpointInvalid(path, "it is not a checkpoint of a guarded run")
         if content["format"] != _FORMAT:
             raise CheckpointInvalid(path, f"its format is {content['format']!r}, not {_FORMAT}")
-        return cls(
-            content["ledger"],
-            tuple(
-                (TrainingPlan(**each["plan"]), tuple((name, seq) for name, seq in each["holds"]))
-                for each in content["segments"]
-            ),
-            content["model"],
-            content["optimizer"],
-        )
+        try:
+            return cls(
+                content["ledger"],
+                tuple(
+                    (TrainingPlan(**each["plan"]), tuple(map(_hold, each["holds"])))
+                    for each in content["segments"]
+                ),
+                _state(content["model"]),
+                _state(content["optimizer"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointInvalid(path, f"it is damaged, restore it: {error}") from error
+
+    def load_into(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Load what was saved.
+
+        Raises:
+            CheckpointInvalid: If it is of another model or optimizer.
+        """
+        try:
+            model.load_state_dict(self.model or {})
+            optimizer.load_state_dict(self.optimizer or {})
+        except Exception as error:  # optimizers raise anything on foreign state
+            raise CheckpointInvalid(
+                path, f"it is of another model or optimizer, resume with those it is of: {error}"
+            ) from error
 
     def check_plans(self, plans: Sequence[TrainingPlan]) -> None:
         """Raise PlanChanged unless the run was priced for these plans."""
@@ -105,3 +124,16 @@ class Checkpoint:
             for name, value in asdict(saved).items():
                 if getattr(asked, name) != value:
                     raise PlanChanged(name, value, getattr(asked, name))
+
+
+def _hold(saved: Any) -> tuple[str, int]:
+    name, seq = saved
+    if not isinstance(name, str) or not isinstance(seq, int):
+        raise TypeError(f"a hold is a name and a number, got {saved!r}")
+    return name, seq
+
+
+def _state(saved: Any) -> dict[str, Any] | None:
+    if saved is not None and not isinstance(saved, dict):
+        raise TypeError(f"states are dicts, got {type(saved).__name__}")
+    return saved

@@ -109,6 +109,20 @@ def training_run(
         CheckpointInvalid: If the file is no checkpoint, or of another ledger or budget.
         PlanChanged: If the run in the file was priced for another plan.
     """
+    run = _run_on_this_rank(accountant, budget, plan, unit, activity, checkpoint)
+    with distributed.together(), run as entered:
+        yield entered
+
+
+@contextmanager
+def _run_on_this_rank(
+    accountant: Accountant,
+    budget: str,
+    plan: TrainingPlan | Sequence[TrainingPlan],
+    unit: str,
+    activity: str,
+    checkpoint: str | Path | None,
+) -> Iterator[TrainingRun]:
     plans = (plan,) if isinstance(plan, TrainingPlan) else tuple(plan)
     path = None if checkpoint is None else Path(checkpoint)
     saved = Checkpoint.read(path) if path is not None and path.exists() else None
@@ -128,6 +142,7 @@ def training_run(
             )
         return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
 
+    distributed.same_plans(plans)
     number = next_number()
     try:
         reservations = distributed.on_rank_0(claimed)
@@ -289,6 +304,7 @@ class TrainingRun:
         if self._optimizer is not None:
             raise TypeError("this run has its model; start another run for another one")
         check_model(model)
+        distributed.same_rows(loader.dataset)
         example, rows = loader.dataset[0], loader.dataset
         if distributed.ranks() > 1:
             share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
@@ -301,13 +317,7 @@ class TrainingRun:
         )
         self._loader = _loader(loader, rows, Sealed(self.steps), loader.collate_fn)
         if self._saved is not None and self._saved.model is not None:
-            try:
-                model.load_state_dict(self._saved.model)
-                optimizer.load_state_dict(self._saved.optimizer or {})
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise CheckpointInvalid(
-                    self._path or Path(), f"it is of another model or optimizer: {error}"
-                ) from error
+            self._saved.load_into(self._path or Path(), model, optimizer)
         elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())

@@ -9,6 +9,9 @@ from fractions import Fraction
 from accountant import Reader
 from dp import Gaussian, InvalidParameter, NothingFits, PoissonSampled, validate
 
+_LEAST_PROBABILITY = 1e-9
+"""Samples are drawn on a grid of 2**-53, which is 1e-7 of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
@@ -21,7 +24,8 @@ class TrainingPlan:
 
     Attributes:
         noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
-        sampling_probability: Probability that a unit takes part in a step, in (0, 1].
+        sampling_probability: Probability that a unit takes part in a step, in [1e-9, 1]; a smaller
+            one cannot be drawn as it is priced.
         steps: Number of optimizer steps.
         max_grad_norm: Clipping norm, in the units of the gradient.
         expected_batch_size: Public normaliser of the gradient sum.
@@ -42,7 +46,13 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         validate.positive(noise_multiplier=self.noise_multiplier)
-        validate.probability(sampling_probability=self.sampling_probability)
+        if (
+            validate.probability(sampling_probability=self.sampling_probability)
+            < _LEAST_PROBABILITY
+        ):
+            raise InvalidParameter(
+                "sampling_probability", self.sampling_probability, "in [1e-9, 1] to be drawn"
+            )
         validate.count(steps=self.steps)
         validate.count(expected_batch_size=self.expected_batch_size)
         validate.positive(max_grad_norm=self.max_grad_norm)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, cast
@@ -36,6 +36,7 @@ from torch.utils.data import Dataset
 
 from dp import Filter, InvalidParameter, NeighboringRelation, NothingFits, validate
 from dp.readings import group, lifetime_delta
+from finetune.distributed import as_on_rank_0
 from finetune.errors import DeclaredExceeded, UnitIdsInvalid
 
 _OS = secrets.SystemRandom()
@@ -202,6 +203,8 @@ def _several(held: Any) -> Iterable[Any]:
 def _checked_id(value: Any, row: int, kinds: set[type]) -> Hashable:
     plain = _plain(value)
     parts = plain if isinstance(plain, tuple) else (plain,)
+    if any(isinstance(part, tuple) for part in parts):
+        raise UnitIdsInvalid("its unit id is a tuple of tuples; use a flat one", row)
     if not parts or any(map(_missing, parts)):
         raise UnitIdsInvalid("its unit id is missing; give it one, or leave the row out", row)
     if not all(map(_has_value, parts)):
@@ -304,6 +307,13 @@ class OneRowPerUnit(Dataset[Any]):
         """Draw from the rows of a unit."""
         mine = self._owned[index]
         drawn = sorted(_OS.sample(mine, min(self._most, len(mine))))
+        return self._joined(drawn)
+
+    def example_of(self, index: int) -> Any:
+        """Return the first rows of a unit, and not a draw: what two processes can compare."""
+        return self._joined(self._owned[index][: self._most])
+
+    def _joined(self, drawn: Sequence[int]) -> Any:
         rows = [self._rows[row] for row in drawn]
         return rows[0] if self._join is None else self._join(rows)
 
@@ -314,9 +324,12 @@ class CappedRows(Dataset[Any]):
     The rows are chosen uniformly by the operating system when this is made, whatever is in
     them, and anew by a process that resumes.
 
+    On several processes, all of them make it, after ``init_process_group``; rank 0 chooses.
+
     Guarantee: one unit is at most ``most`` steps between neighboring datasets of rows. With Poisson
     sampling of the rows the budget's unit is the row, and a unit, which moves the clipped sum of
-    a step by up to ``most`` clipping norms, has what :func:`unit_guarantee` says and no more.
+    a step by up to ``most`` clipping norms, has what :func:`unit_guarantee` says and no more. It
+    has that only if every operation of the budget reads rows with this cap.
 
     Args:
         rows: Map-style dataset.
@@ -340,11 +353,13 @@ class CappedRows(Dataset[Any]):
     def __init__(self, rows: Rows, units: UnitMap, *, most: int) -> None:
         _check_owned(rows, units)
         validate.count(most=most)
-        kept = {
-            row: unit
-            for unit, mine in units.rows_of.items()
-            for row in _OS.sample(mine, min(most, len(mine)))
-        }
+        kept = as_on_rank_0(
+            {
+                row: unit
+                for unit, mine in units.rows_of.items()
+                for row in _OS.sample(mine, min(most, len(mine)))
+            }
+        )
         self._rows, self._kept = rows, sorted(kept)
         self.units = UnitMap.of(self, (kept[row] for row in self._kept))
         self.dropped = units.rows - len(kept)
@@ -408,7 +423,8 @@ def unit_guarantee(budget: Filter, *, size: int, delta: float | None = None) -> 
 
     Args:
         budget: Its limits.
-        size: A public number: what ``check_group`` returned, or the cap of :class:`CappedRows`.
+        size: A public number: what ``check_group`` of all rows returned. The cap of
+            :class:`CappedRows` will do only if every operation of the budget reads capped rows.
         delta: For one unit; the budget's own, unless given.
 
     Raises:

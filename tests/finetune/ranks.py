@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from accountant import Accountant
-from finetune import TrainingPlan, training_run
+from finetune import CappedRows, OneRowPerUnit, TrainingPlan, UnitMap, training_run, units
 
 
 def train(task: dict) -> dict:
@@ -27,8 +29,15 @@ def train(task: dict) -> dict:
         torch.randn(24, 5, generator=generator),
         torch.randint(0, 3, (24,), generator=generator),
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if torn == "drawn":
+        rows = OneRowPerUnit(rows, UnitMap.of(rows, [at // 2 for at in range(24)]))
     plan = TrainingPlan(**task["plan"])
+    if rank == 1:
+        plan = replace(plan, max_grad_norm=50.0) if torn == "plan" else plan
+        rows = Subset(rows, range(23, -1, -1)) if torn == "order" else rows
+        rows = Subset(rows, range(23)) if torn == "fewer" else rows
+        model = torch.nn.Linear(5, 61) if torn == "model" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     steps, started = 0, time.monotonic()
     with Accountant.open(task["ledger"]) as accountant:
         said = "done"
@@ -43,11 +52,21 @@ def train(task: dict) -> dict:
                         with Accountant.open(task["ledger"]) as other:  # shuts this one out
                             other.adopt(run.reservation.holds, plan.event)
                     torch.nn.functional.cross_entropy(model_(features), labels).backward()
-                    if torn == "loud" and rank == 1:
-                        guarded.noise_multiplier = 0.1
+                    if rank == 1 and steps == 2:
+                        if torn == "loud":
+                            guarded.noise_multiplier = 0.1
+                        if torn == "broken":
+                            guarded.clip_and_accumulate = lambda: 1 / 0
+                        if torn == "skipping":
+                            continue
+                        if torn == "leaving":
+                            break
+                        if torn == "killed":
+                            os._exit(1)
                     guarded.step()
                     guarded.zero_grad()
                     steps += 1
+                _ = 1 / (torn != "late" or rank != 1)
                 if task["checkpoint"]:
                     run.save()
                     _ = 1 / (torn != "interrupted")
@@ -62,6 +81,15 @@ def train(task: dict) -> dict:
     }
 
 
+def share(task: dict) -> dict:
+    """Cap rows of two units; return the rows that this rank would sample."""
+    rows = list(range(24))
+    if task["tear"] == "each chooses":
+        units.as_on_rank_0, units._OS = (lambda chosen: chosen), random.Random(task["rank"])
+    capped = CappedRows(rows, UnitMap.of(rows, [at // 12 for at in rows]), most=4)
+    return {"share": [capped[at] for at in range(task["rank"], len(capped), task["ranks"])]}
+
+
 def one(task: dict) -> None:
     distributed.init_process_group(
         "gloo",
@@ -71,7 +99,8 @@ def one(task: dict) -> None:
         timeout=timedelta(seconds=60),
     )
     os.environ["EPSLEDGER_STATE"] = task["state"]
-    Path(task["out"]).write_text(json.dumps(train(task)), encoding="utf-8")
+    found = share(task) if "choose" in task["tear"] else train(task)
+    Path(task["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def main() -> None:
