@@ -86,7 +86,8 @@ def share(task: dict) -> dict:
     rows = list(range(24))
     if task["tear"] == "each chooses":
         units.as_on_rank_0, units._OS = (lambda chosen: chosen), random.Random(task["rank"])
-    capped = CappedRows(rows, UnitMap.of(rows, [at // 12 for at in rows]), most=4)
+    distributed.barrier()  # with all connected, none leaves too early
+    capped = CappedRows(rows, UnitMap.of(rows, [at % 2 for at in rows]), most=4)
     return {"share": [capped[at] for at in range(task["rank"], len(capped), task["ranks"])]}
 
 
