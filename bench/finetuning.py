@@ -180,8 +180,8 @@ def topics() -> None:
     trainable = sum(p.numel() for p in start.parameters() if p.requires_grad)
     total = sum(p.numel() for p in start.parameters())
     print(
-        f"MiniLM + LoRA: {trainable:,} trainable of {total:,} weights; neighboring batches at most"
-        f" {found:.2f} clipping norms apart"
+        f"MiniLM + LoRA: {trainable:,} trainable of {total:,} weights; without another row the"
+        f" gradient of a row changes by at most {found:.1e}"
     )
     guess = TrainingPlan.for_units(
         UNITS, expected_batch_size=BATCH, noise_multiplier=1.0, epochs=EPOCHS

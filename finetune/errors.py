@@ -9,6 +9,7 @@
     ├── UnitsMixed          gradients that are not one for each row of the batch
     ├── RowsMixed           a loss in which rows change each other's gradients
     ├── NoGradient          a trainable parameter that the loss does not reach
+    ├── NotFinite           a row without a finite gradient, where it cannot be left out
     ├── PeerFailed          another process of the run could not go on
     ├── WeightsChanged      weights that something else than the guarded optimizer changed
     ├── UnsupportedModel    a model that cannot be trained in this mode, or not at all
@@ -50,16 +51,20 @@ class RowsMixed(FinetuneError, ValueError):
     """The gradient of one row depends on other rows, so clipping does not bound what a row does.
 
     Attributes:
-        distance: By how many clipping norms one row moved the clipped sum.
+        change: By how much it changed, over the median norm of the rows' gradients.
     """
 
-    def __init__(self, message: str, distance: float) -> None:
+    def __init__(self, message: str, change: float) -> None:
         super().__init__(message)
-        self.distance = distance
+        self.change = change
 
 
 class NoGradient(FinetuneError, ValueError):
     """A trainable parameter got no gradient; nothing was updated."""
+
+
+class NotFinite(FinetuneError, ValueError):
+    """A row has no finite gradient, where it cannot be left out; nothing was updated."""
 
 
 class PeerFailed(FinetuneError, RuntimeError):

@@ -1,60 +1,69 @@
-"""The neighboring-batch test: does one row change the clipped sum by more than the clipping norm?
+"""The neighboring-batch test: does the gradient of a row depend on the other rows of its batch?
 
 DP-SGD is private because the gradient of each row depends on that row alone, and is clipped. A
 loss that is a mean over the tokens of a batch, in-batch negatives, batch statistics or routing
-by batch break that, and nothing in an accountant sees it. Here the clipped sum of a batch is
-compared with that of the batch without one row, for several rows: the two may differ by the
-clipping norm and no more (the idea of "Re:cord-play", arXiv 2602.17454).
+by batch break that, and nothing in an accountant sees it. Here one row is left out of a batch,
+and the gradients of all others have to stay what they were, up to rounding (a sharper form of the
+idea of "Re:cord-play", arXiv 2602.17454).
 
 It falsifies and proves nothing: an error is a real violation, silence is not a proof. Use public
-or synthetic rows, among them short and long ones: the worst case is what the mean hides.
+or synthetic rows that differ in all that could matter, short and long ones, of all classes. Where
+all rows are equally long, a mean over tokens is a mean over rows, and cannot be found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from finetune.errors import RowsMixed
+from finetune.errors import FinetuneError, NoGradient, NotFinite, RowsMixed, UnsupportedModel
+
+Loss = Callable[[nn.Module, Any], Tensor]
 
 _TOLERANCE = 1e-3
+_RAW = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What layers and Opacus raise for what they cannot do."""
 
 
 def check_rows_apart(
     model: nn.Module,
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Loss,
     rows: Sequence[Any],
     collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate,
     *,
     leave_out: int = 8,
 ) -> float:
-    """Raise if leaving one row out moves the clipped sum by more than the clipping norm.
+    """Raise if the gradient of a row changes when another one is left out of the batch.
 
-    Weights and gradients are left as they were. Dropout is turned off meanwhile: the comparison
-    needs a model that draws nothing.
+    Weights, buffers and gradients are left as they were. Dropout is turned off meanwhile: the
+    comparison needs a model that draws nothing.
 
     Args:
-        model: Plain, not wrapped by Opacus.
+        model: Plain, not wrapped by Opacus. Layers without weights to train keep their mode.
         loss: Takes the model and a batch, and returns the loss that will be trained with.
-        rows: Public or synthetic rows, at least 3; short ones and long ones.
+        rows: Public or synthetic rows, at least 3, of different lengths and classes: a mean over
+            the tokens of rows that are equally long cannot be told from the right one.
         collate: Makes a batch of a list of rows.
-        leave_out: Of how many rows to try it, spread over all.
+        leave_out: How many rows to leave out, one after another, spread over all.
 
     Returns:
-        The largest distance found, in units of the clipping norm: at most 1. Four norms around
-        the median of the rows' gradients are tried.
+        The largest change found, over the median norm of the rows' gradients; at most 1e-3.
 
     Raises:
-        RowsMixed: If it is more than 1, or layers saw another number of samples than rows.
-        ValueError: If there are too few rows, or the model draws at random all the same.
+        RowsMixed: If it is more, or layers saw another number of samples than rows.
+        NoGradient: If the loss does not reach a weight to be trained.
+        NotFinite: If a row has no finite gradient.
+        UnsupportedModel: If the model draws at random all the same, or has no gradients of rows.
+        ValueError: If there are too few rows.
 
     >>> rows = [torch.full((1,), float(number)) for number in range(1, 9)]
     >>> line = nn.Linear(1, 1)
-    >>> check_rows_apart(line, lambda model, batch: model(batch).square().mean(), rows) <= 1.001
+    >>> check_rows_apart(line, lambda model, batch: model(batch).square().mean(), rows) < 1e-3
     True
     >>> check_rows_apart(line, lambda model, batch: model(batch).mean().square(), rows)
     Traceback (most recent call last):
@@ -62,66 +71,152 @@ def check_rows_apart(
     """
     if len(rows) < 3:
         raise ValueError(f"it takes at least 3 rows, got {len(rows)}")
-    training = {module: module.training for module in model.modules()}
-    dropouts = {
-        module: module.p
-        for module in model.modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - all of them
-    }
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    wrapped = GradSampleModule(model, loss_reduction="mean", strict=False)
-    try:
-        wrapped.train()
-        for dropout in dropouts:
-            dropout.p = 0.0  # attention reads it there, too
-
-        def of(chosen: list[Any]) -> Tensor:
-            """Return the gradients of the rows: (rows, coordinates)."""
-            wrapped.zero_grad(set_to_none=True)
-            loss(wrapped, collate(chosen)).backward()  # type: ignore[no-untyped-call]
-            trainable = [each for each in model.parameters() if each.requires_grad]
-            parts = [getattr(each, "grad_sample", None) for each in trainable]
-            counts = sorted({len(part) for part in parts if part is not None})
-            if counts != [len(chosen)] or any(part is None for part in parts):
-                raise RowsMixed(
-                    f"a batch of {len(chosen)} rows gave {counts} samples, or a trainable parameter"
-                    " no gradient; keep rows as the first dimension",
-                    float("inf"),
-                )
-            return torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)
-
-        whole = of(list(rows))
-        if not torch.allclose(whole, of(list(rows)), rtol=1e-3, atol=1e-7):
-            raise ValueError("the model draws at random; turn that off for this check")
-        median = whole.norm(dim=1).median().clamp_min(1e-12)
-        tried = sorted({round(at) for at in torch.linspace(0, len(rows) - 1, leave_out).tolist()})
-        distances = {}
-        for at in tried:
-            part = of([*rows[:at], *rows[at + 1 :]])
-            distances[at] = max(
-                float((_clipped(whole, clip) - _clipped(part, clip)).norm() / clip)
-                for clip in (median / 2, median, 2 * median, 4 * median)
-            )
-    finally:
-        wrapped.zero_grad(set_to_none=True)
-        wrapped.remove_hooks()
-        for module, mode in training.items():
-            module.training = mode
-        for dropout, p in dropouts.items():
-            dropout.p = p
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-    worst = max(distances, key=lambda at: distances[at])
-    if not distances[worst] <= 1 + _TOLERANCE:
+    with _gradients(model, loss) as gradients_of:
+        samples = len(gradients_of(collate(list(rows)))[0])
+    if samples != len(rows):
         raise RowsMixed(
-            f"leaving row {worst} out moved the clipped sum by {distances[worst]:.2f} clipping"
-            " norms, and may move it by 1: the loss of one row depends on the others; take the"
-            " mean within each row first, and no statistics or negatives of the batch",
-            distances[worst],
+            f"a batch of {len(rows)} rows gave {samples} samples; keep rows as the first dimension",
+            float("inf"),
         )
-    return distances[worst]
+    largest = 0.0
+    for at in sorted({round(at) for at in torch.linspace(0, len(rows) - 1, leave_out).tolist()}):
+        others = [*rows[:at], *rows[at + 1 :]]
+        whole, part = collate([*others, rows[at]]), collate(others)
+        largest = max(largest, check_batches_apart(model, loss, whole, part))
+    return largest
 
 
-def _clipped(gradients: Tensor, clip: Tensor) -> Tensor:
-    factors = (clip / gradients.norm(dim=1).clamp_min(1e-30)).clamp(max=1.0)
-    return torch.mv(gradients.T, factors)
+def check_batches_apart(model: nn.Module, loss: Loss, whole: Any, part: Any) -> float:
+    """Raise if the gradients of the rows of one batch are others in a larger one.
+
+    Args:
+        model: As for :func:`check_rows_apart`.
+        loss: Likewise.
+        whole: A batch.
+        part: The same, without its last rows.
+
+    Returns:
+        As :func:`check_rows_apart`, which raises the same.
+    """
+    with _gradients(model, loss) as gradients_of:
+        more, fewer = gradients_of(whole), gradients_of(part)
+        change = _change(more, fewer)
+        if change <= _TOLERANCE:
+            return change
+        if _change(more, gradients_of(whole)) > _TOLERANCE:
+            raise UnsupportedModel(
+                "the model draws at random, which this check cannot tell from rows that change each"
+                " other; turn that off for it"
+            )
+    raise RowsMixed(
+        f"with {len(fewer[0])} of {len(more[0])} rows of a batch, the gradient of one of them"
+        f" changed by {change:.1e} of the median norm: the loss of one row depends on the others;"
+        " take the mean within each row first, and no statistics or negatives of the batch",
+        change,
+    )
+
+
+@contextmanager
+def _gradients(model: nn.Module, loss: Loss) -> Iterator[Callable[[Any], list[Tensor]]]:
+    """Give a function of batches: the gradients of each row, for each weight that is trained."""
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    layers = [
+        module
+        for module in model.modules()
+        if any(each.requires_grad for each in module.parameters(recurse=False))
+    ]
+    modes = [layer.training for layer in layers]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    drawing = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
+    ]
+
+    for layer in layers:
+        layer.training = True  # Opacus looks at no others
+    for module, name, _ in drawing:
+        setattr(module, name, 0.0)  # attention reads it there, too
+    wrapped = None
+    try:
+        with _named():
+            wrapped = GradSampleModule(model, loss_reduction="mean", strict=False)
+
+        def of(batch: Any) -> list[Tensor]:
+            wrapped.zero_grad(set_to_none=True)
+            with _named():
+                loss(wrapped, batch).backward()  # type: ignore[no-untyped-call]
+            return _samples(trained)
+
+        yield of
+    finally:
+        if wrapped is not None:
+            wrapped.zero_grad(set_to_none=True)
+            wrapped.remove_hooks()
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+        for module, name, value in drawing:
+            setattr(module, name, value)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Raise what layers and Opacus raise as UnsupportedModel."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except _RAW as error:
+        raise UnsupportedModel(
+            "gradients of single rows cannot be computed, by the model or the loss:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - all of them
+
+
+def _samples(trained: dict[str, nn.Parameter]) -> list[Tensor]:
+    """Return what a backward pass left, each with rows as its first dimension."""
+    found = []
+    for name, parameter in trained.items():
+        gradients = getattr(parameter, "grad_sample", None)
+        if gradients is None:
+            raise NoGradient(
+                f"{name} got no gradient; freeze it with requires_grad_(False), or let the loss"
+                " depend on it"
+            )
+        found.append(gradients.detach().flatten(1))
+    counts = sorted({len(gradients) for gradients in found})
+    if len(counts) != 1:
+        raise RowsMixed(
+            f"layers saw {counts} samples of one batch; keep rows as the first dimension",
+            float("inf"),
+        )
+    odd = ~torch.stack([gradients.isfinite().all(1) for gradients in found]).all(0)
+    if odd.any():
+        raise NotFinite(
+            f"rows {odd.nonzero().flatten().tolist()} of a batch have gradients that are not"
+            " finite; use rows and weights with finite ones for this check"
+        )
+    return found
+
+
+def _change(more: list[Tensor], fewer: list[Tensor]) -> float:
+    """Return the largest change of a row, over its norm or the median one if that is larger."""
+    norms = _norms(fewer)
+    scale = norms.clamp_min(max(float(norms.median()), torch.finfo(norms.dtype).tiny))
+    changes = _norms([a[: len(b)] - b for a, b in zip(more, fewer, strict=True)])
+    return float((changes / scale).max())
+
+
+def _norms(gradients: list[Tensor]) -> Tensor:
+    norms: Tensor = torch.stack([each.norm(dim=1) for each in gradients]).norm(dim=0)
+    return norms

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from finetune import RowsMixed, check_rows_apart
+from finetune import NoGradient, NotFinite, RowsMixed, UnsupportedModel, check_rows_apart
+from finetune.selftest import check_batches_apart
 
 PAD, VOCABULARY, WIDTH = -100, 20, 300
 
@@ -31,10 +34,10 @@ class Language(nn.Module):
         return self.head(self.drop(torch.tanh(self.layer(self.embed(ids)))))
 
 
-def records():
-    """63 short texts and a long one, padded."""
+def records(lengths):
+    """Texts of these lengths, padded."""
     found = []
-    for length in (*[2] * 63, WIDTH):
+    for length in lengths:
         ids = torch.randint(0, VOCABULARY, (WIDTH,))
         labels = torch.full((WIDTH,), PAD)
         labels[:length] = torch.randint(0, VOCABULARY, (length,))
@@ -56,15 +59,19 @@ def within_each_row(model, batch):
     return (losses.sum(1) / (labels != PAD).sum(1).clamp(min=1)).mean()
 
 
-def test_a_mean_over_tokens_is_found():
+@pytest.mark.parametrize("lengths", [(2,) * 63 + (WIDTH,), (20, 25, 30, 35, 40) * 3, (10, 11)])
+def test_a_mean_over_tokens_is_found_and_one_within_each_row_is_not_accused(lengths):
+    texts = records(lengths if len(lengths) > 2 else lengths * 8)
     with pytest.raises(RowsMixed, match="mean within each row") as caught:
-        check_rows_apart(Language(), over_all_tokens, records(), leave_out=8)
-    print(f"mean over tokens: the clipped sums are {caught.value.distance:.2f} norms apart")
-    assert caught.value.distance > 1.5
+        check_rows_apart(Language(), over_all_tokens, texts)
+    right = check_rows_apart(Language(), within_each_row, texts)
+    print(f"changes: {caught.value.change:.1e} under a mean over tokens, {right:.1e} within rows")
+    assert caught.value.change > 2e-3
+    assert right < 1e-5
 
 
-def test_a_mean_within_each_row_is_not_accused():
-    assert check_rows_apart(Language(), within_each_row, records(), leave_out=8) <= 1.001
+def test_control_a_mean_over_the_tokens_of_rows_that_are_equally_long_is_one_over_rows():
+    assert check_rows_apart(Language(), over_all_tokens, records([40] * 8)) < 1e-5
 
 
 class Normed(nn.Module):
@@ -129,14 +136,14 @@ def test_what_mixes_rows_is_found(model, loss):
 )
 @pytest.mark.parametrize("count", [3, 12, 40])
 def test_what_keeps_rows_apart_is_not_accused(model, count):
-    assert check_rows_apart(model, mean_loss, rows(count)) <= 1.001
+    assert check_rows_apart(model, mean_loss, rows(count)) < 1e-5
 
 
 def test_tokens_as_rows_are_found():
     def flattened(model, batch):
         return functional.cross_entropy(model(batch[0].reshape(-1, 2)), batch[1].repeat(2))
 
-    with pytest.raises(RowsMixed, match="12 rows gave"):
+    with pytest.raises(RowsMixed, match="12 rows gave 24 samples"):
         check_rows_apart(nn.Linear(2, 3), flattened, rows())
 
 
@@ -165,8 +172,80 @@ class Drawing(nn.Module):
 
 
 def test_a_model_that_draws_is_no_violation_and_no_proof():
-    with pytest.raises(ValueError, match="draws at random"):
+    with pytest.raises(UnsupportedModel, match="draws at random"):
         check_rows_apart(Drawing(), mean_loss, rows())
+
+
+def frozen(layer):
+    return layer.requires_grad_(requires_grad=False)
+
+
+def test_a_frozen_batch_norm_keeps_its_mode_and_its_statistics():
+    model = nn.Sequential(nn.Linear(4, 8), frozen(nn.BatchNorm1d(8)), nn.Linear(8, 3))
+    model[1].eval()
+    assert check_rows_apart(model, mean_loss, rows()) < 1e-5
+    model[1].train()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(RowsMixed):
+        check_rows_apart(model, mean_loss, rows())
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+
+
+def test_a_row_without_a_finite_gradient_is_named():
+    spoiled = rows()
+    spoiled[5] = (torch.full((4,), math.nan), torch.tensor(0))
+    with pytest.raises(NotFinite, match=r"rows \[5\] of a batch have gradients that are not"):
+        check_rows_apart(nn.Linear(4, 3), mean_loss, spoiled)
+
+
+def test_rows_of_very_different_scale_are_not_accused():
+    scaled = [(row * 10.0 ** (at % 6), label) for at, (row, label) in enumerate(rows())]
+    assert check_rows_apart(nn.Linear(4, 3), mean_loss, scaled) < 1e-3
+
+
+def test_a_weight_that_the_loss_does_not_reach_is_named():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.extra = nn.Linear(2, 2)
+    model.forward = model[0].forward
+    with pytest.raises(NoGradient, match=r"extra\.weight got no gradient"):
+        check_rows_apart(model, mean_loss, rows())
+
+
+class Recurrent(nn.Module):
+    """Layers whose dropout is not a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.LSTM(4, 6, num_layers=2, dropout=0.5, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, features):
+        hidden, _ = self.inner(features[:, None].expand(-1, 3, -1))
+        return self.head(self.attention(hidden, hidden, hidden)[0][:, -1])
+
+
+def test_dropout_inside_frozen_layers_is_off_meanwhile():
+    model = Recurrent()
+    frozen(model.inner), frozen(model.attention)
+    assert check_rows_apart(model, mean_loss, rows()) < 1e-5
+    assert (model.inner.dropout, model.attention.dropout) == (0.5, 0.5)
+
+
+def test_layers_that_have_no_gradients_of_rows_are_named():
+    with pytest.raises(UnsupportedModel, match="gradients of single rows cannot be computed"):
+        check_rows_apart(Recurrent(), mean_loss, rows())
+    with pytest.raises(UnsupportedModel, match="RuntimeError: mat1 and mat2"):
+        check_rows_apart(nn.Linear(5, 3), mean_loss, rows())
+
+
+def test_two_batches_are_compared():
+    whole, part = (torch.utils.data.default_collate(rows()[:count]) for count in (7, 4))
+    torch.manual_seed(1)
+    whole[0][:4], whole[1][:4] = part
+    assert check_batches_apart(nn.Linear(4, 3), mean_loss, whole, part) < 1e-5
+    with pytest.raises(RowsMixed, match="with 4 of 7 rows"):
+        check_batches_apart(nn.Linear(4, 3), contrastive, whole, part)
 
 
 def test_too_few_rows():
