@@ -282,21 +282,13 @@ def _bytes(part: Any) -> Iterator[bytes]:
 # --- updates ------------------------------------------------------------------------------------
 
 
-def agree(*, well: bool) -> None:
-    """Wait until every rank is at the end of its part of a step.
+def add_up(gradients: Iterable[torch.Tensor]) -> None:
+    """Add the gradients of all ranks, when every one of them is at the end of its part.
 
     Raises:
-        PeerFailed: If another one is not well.
+        PeerFailed: If one is not.
     """
-    if not well:
-        with suppress(PeerFailed):  # this rank's own error goes on
-            _meet("an error", problem="it refused its part of this step")
-    else:
-        _meet("the sum of a step")
-
-
-def add_up(gradients: Iterable[torch.Tensor]) -> None:
-    """Add the gradients of all ranks."""
     if ranks() > 1:
+        _meet("the sum of a step")
         for gradient in gradients:
             distributed.all_reduce(gradient, op=distributed.ReduceOp.SUM)

@@ -56,7 +56,7 @@ from torch.utils.data import (
 from accountant import Accountant, AccountantError, BudgetExceeded, Reservation, UnitMismatch
 from dp import InvalidParameter, validate
 from finetune import distributed
-from finetune.batches import Counted, PoissonSampler, Sealed
+from finetune.batches import Counted, PoissonSampler, Sealed, made_up
 from finetune.checkpoints import Checkpoint
 from finetune.clipping import GhostModule, HooksModule
 from finetune.distributed import Steps
@@ -72,9 +72,12 @@ from finetune.errors import (
 from finetune.models import check_model, mixes_rows
 from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
+from finetune.selftest import check_made_up
 from finetune.supervision import Told, next_number, tell
 
 _MODES = {"hooks": HooksModule, "ghost": GhostModule}
+_MADE_UP = 5
+"""Rows of the batch that a loss is tried on."""
 
 
 @contextmanager
@@ -264,6 +267,7 @@ class TrainingRun:
         loader: DataLoader[Any],
         *,
         mode: Literal["hooks", "ghost"] = "hooks",
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
         """Return model, optimizer and loader for DP-SGD as planned.
 
@@ -275,6 +279,9 @@ class TrainingRun:
                 sampling. One row of its dataset is one privacy unit.
             mode: ``hooks`` keeps a gradient for each row; ``ghost`` keeps what it is made of where
                 that is smaller, as for large linear layers and embeddings.
+            loss: A function of model and batch, as will be trained with. It is tried on made-up
+                rows of the loader's form before anything is paid for: a model or a loss that cannot
+                be trained with, or in which rows change each other's gradients, is named.
 
         Raises:
             NotPoissonSampled: If the dataset cannot be Poisson-sampled, or the loader has a
@@ -282,6 +289,7 @@ class TrainingRun:
             TypeError: If the optimizer is Opacus's already, or empty batches cannot be made.
             UnsupportedSetting: If it evaluates the loss several times a step.
             UnsupportedModel: If the model cannot be trained in this mode, or not at all.
+            RowsMixed: If ``loss`` is one in which rows change each other's gradients.
             CheckpointInvalid: If the run's checkpoint cannot be written, or is of another model.
         """
         if isinstance(loader.dataset, IterableDataset):
@@ -321,6 +329,8 @@ class TrainingRun:
         elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())
+        if loss is not None:
+            self._try(model, loss, made_up(loader.collate_fn, example, _MADE_UP))
         try:
             self._model = _MODES[mode](model, loss_reduction="mean")
         except NotImplementedError as error:
@@ -438,6 +448,19 @@ class TrainingRun:
                 " loader that make_private returned (a shuffled loader has no amplification)"
             )
         return self._optimizer, None if physical is None else validate.count(physical=physical)
+
+    def _try(self, model: nn.Module, loss: Callable[..., Tensor], batches: tuple[Any, Any]) -> None:
+        """Try a loss on two batches, of which the second lacks the last row of the first."""
+
+        def counted(model: nn.Module, batch: tuple[int, Any]) -> Tensor:
+            self._turn.rows = batch[0]
+            return loss(model, batch[1])
+
+        whole, part = batches
+        try:
+            check_made_up(model, counted, (_MADE_UP, whole), (_MADE_UP - 1, part))
+        finally:
+            self._turn.rows = 0
 
     def _check_statistics(self, module: nn.Module) -> None:
         """Raise if a layer of batch statistics was put back into training."""

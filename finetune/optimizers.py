@@ -63,14 +63,14 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         turn: Turn,
         module: torch.nn.Module,
     ) -> None:
-        device = optimizer.param_groups[0]["params"][0].device
+        first = next(each for group in optimizer.param_groups for each in group["params"])
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.expected_batch_size,
             loss_reduction="mean",
-            generator=secret_generator(device),
+            generator=secret_generator(first.device),
         )
         self.plan, self.turn = plan, turn
         self._module = module
@@ -106,12 +106,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
                 return False
             self.add_noise()
             self.scale_grad()
-        except BaseException:
-            self.drop()
-            distributed.agree(well=False)
-            raise
-        try:
-            self._join()
+            distributed.add_up(parameter.grad for parameter in self.params)
         except BaseException:
             self.drop()
             raise
@@ -163,11 +158,6 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             for parameter in self.params:
                 parameter.grad = parameter.summed_grad.clone().view_as(parameter)
                 parameter.summed_grad._processed = True  # noqa: SLF001 - as Opacus marks it
-
-    def _join(self) -> None:
-        """Add up what the ranks have."""
-        distributed.agree(well=True)
-        distributed.add_up(parameter.grad for parameter in self.params)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Go on as another plan says."""

@@ -13,14 +13,15 @@ all rows are equally long, a mean over tokens is a mean over rows, and cannot be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from opacus import GradSampleModule
 from torch import Tensor, nn
 
+from finetune.clipping import HooksModule
 from finetune.errors import FinetuneError, NoGradient, NotFinite, RowsMixed, UnsupportedModel
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -71,7 +72,7 @@ def check_rows_apart(
     """
     if len(rows) < 3:
         raise ValueError(f"it takes at least 3 rows, got {len(rows)}")
-    with _gradients(model, loss) as gradients_of:
+    with _left_as_it_was(model), _without_dropout(model), _gradients(model, loss) as gradients_of:
         samples = len(gradients_of(collate(list(rows)))[0])
     if samples != len(rows):
         raise RowsMixed(
@@ -98,7 +99,7 @@ def check_batches_apart(model: nn.Module, loss: Loss, whole: Any, part: Any) -> 
     Returns:
         As :func:`check_rows_apart`, which raises the same.
     """
-    with _gradients(model, loss) as gradients_of:
+    with _left_as_it_was(model), _without_dropout(model), _gradients(model, loss) as gradients_of:
         more, fewer = gradients_of(whole), gradients_of(part)
         change = _change(more, fewer)
         if change <= _TOLERANCE:
@@ -116,6 +117,67 @@ def check_batches_apart(model: nn.Module, loss: Loss, whole: Any, part: Any) -> 
     )
 
 
+def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
+    """Do as :func:`check_batches_apart` with made-up batches, if the model can take them at all.
+
+    Some cannot be: tokens that have to be there are missing, logarithms are of zero. Then it warns,
+    and the first step shows. What the model can take without gradients of single rows, and not
+    with them, is an error here.
+    """
+    try:
+        with _left_as_it_was(model):
+            loss(model, whole).backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001 - of any model, about rows that we made up
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        try:
+            with _left_as_it_was(model), _gradients(model, loss) as gradients_of:
+                gradients_of(whole)  # with dropout, which some layers cannot take
+            check_batches_apart(model, loss, whole, part)
+        except NotFinite as error:
+            reason = str(error)
+        else:
+            return
+    warnings.warn(
+        f"a trial on made-up rows before the first step failed ({reason}), so nothing is known of"
+        " whether rows change each other's gradients; try check_rows_apart with public rows",
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, gradients and the generator of random numbers."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Set its probability to 0 in all layers, until the end of the block."""
+    drawing = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
+    ]
+    try:
+        for module, name, _ in drawing:
+            setattr(module, name, 0.0)  # attention reads it there, too
+        yield
+    finally:
+        for module, name, value in drawing:
+            setattr(module, name, value)
+
+
 @contextmanager
 def _gradients(model: nn.Module, loss: Loss) -> Iterator[Callable[[Any], list[Tensor]]]:
     """Give a function of batches: the gradients of each row, for each weight that is trained."""
@@ -126,23 +188,12 @@ def _gradients(model: nn.Module, loss: Loss) -> Iterator[Callable[[Any], list[Te
         if any(each.requires_grad for each in module.parameters(recurse=False))
     ]
     modes = [layer.training for layer in layers]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    drawing = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
-    ]
-
     for layer in layers:
         layer.training = True  # Opacus looks at no others
-    for module, name, _ in drawing:
-        setattr(module, name, 0.0)  # attention reads it there, too
     wrapped = None
     try:
         with _named():
-            wrapped = GradSampleModule(model, loss_reduction="mean", strict=False)
+            wrapped = HooksModule(model, loss_reduction="mean", strict=False)
 
         def of(batch: Any) -> list[Tensor]:
             wrapped.zero_grad(set_to_none=True)
@@ -157,12 +208,6 @@ def _gradients(model: nn.Module, loss: Loss) -> Iterator[Callable[[Any], list[Te
             wrapped.remove_hooks()
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
-        for module, name, value in drawing:
-            setattr(module, name, value)
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dp import adaptive
 from finetune import (
     NoGradient,
     NotPoissonSampled,
+    RowsMixed,
     SkippedStep,
     TrainingPlan,
     UnitsMixed,
@@ -767,3 +768,90 @@ def test_batches_after_the_run_has_ended(accountant, rows):
         _, _, loader = run.make_private(model, optimizer, DataLoader(rows))
     with pytest.raises(UnmarkedStep, match="within the with block"):
         next(run.batches(loader))
+
+
+# --- a loss that is tried before anything is paid for ---------------------------------------------
+
+
+def tried(accountant, rows, model, loss):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        run.make_private(model, optimizer, DataLoader(rows), loss=loss)
+
+
+def mean_of_rows(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def weighted_by_batch(model, batch):
+    weights = torch.tensor([1.0, 50.0, 1.0])
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], weight=weights)
+
+
+def total(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def contrastive(model, batch):
+    hidden = model(batch[0])
+    return torch.nn.functional.cross_entropy(hidden @ hidden.T, torch.arange(len(hidden)))
+
+
+@pytest.mark.parametrize("loss", [weighted_by_batch, total, contrastive])
+def test_a_loss_that_mixes_rows_is_named_before_anything_is_paid(accountant, rows, loss):
+    with pytest.raises(RowsMixed):
+        tried(accountant, rows, network(), loss)
+    assert accountant.statement("b").spent == ()
+
+
+def test_a_trial_changes_nothing(accountant, rows):
+    model, state = network(), torch.get_rng_state()
+    before = copy.deepcopy(list(model.parameters()))
+    tried(accountant, rows, model, mean_of_rows)
+    assert untouched(model, before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(part.grad is None for part in model.parameters())
+
+
+class Dropping(torch.nn.Module):
+    """Opacus cannot differentiate a weight beside a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.drop = torch.nn.Parameter(torch.ones(5)), torch.nn.Dropout(0.5)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, features):
+        return self.head(self.drop(features + self.shift))
+
+
+class Sorted(torch.nn.Linear):
+    """Puts rows in another order between two layers, as packing by length does."""
+
+    def forward(self, features):
+        return super().forward(features[features[:, 0].argsort()])
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        (Dropping, UnsupportedModel),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(5, 5), Sorted(5, 3)), RowsMixed),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_named_before_anything_is_paid(
+    accountant, rows, model, error
+):
+    with pytest.raises(error):
+        tried(accountant, rows, model(), mean_of_rows)
+    assert accountant.statement("b").spent == ()
+
+
+def test_a_loss_that_takes_no_made_up_rows_is_a_warning(accountant, rows):
+    def picky(model, batch):
+        if batch[1].max() < 2:
+            raise LookupError("no row of the third class")
+        return mean_of_rows(model, batch)
+
+    with pytest.warns(UserWarning, match="LookupError: no row of the third class"):
+        tried(accountant, rows, network(), picky)

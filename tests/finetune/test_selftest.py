@@ -206,7 +206,7 @@ def test_rows_of_very_different_scale_are_not_accused():
 def test_a_weight_that_the_loss_does_not_reach_is_named():
     model = nn.Sequential(nn.Linear(4, 3))
     model.extra = nn.Linear(2, 2)
-    model.forward = model[0].forward
+    model.forward = model[0]
     with pytest.raises(NoGradient, match=r"extra\.weight got no gradient"):
         check_rows_apart(model, mean_loss, rows())
 
