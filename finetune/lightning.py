@@ -12,8 +12,10 @@ many steps there are, in one epoch; ``max_steps`` and ``limit_train_batches`` ma
 
 The module stays as it is, but for the time of training: its ``training_step`` has to return the
 mean over rows of a loss of each row alone, and models with a trained table of positions (GPT-2's)
-need position_ids of shape (rows, tokens). What it logs, and what the trainer monitors, is outside
-the guarantee if it is computed from private rows: ``self.log("loss", ...)`` publishes the loss.
+need position_ids of shape (rows, tokens). Its loss is private: what ``training_step`` logs is
+dropped with a warning, so that nothing can monitor it either, and callbacks see a loss of zero.
+What other hooks log, or callbacks make of a batch, is outside the guarantee if it is computed from
+private rows. Evaluate on public rows, and log in ``validation_step``.
 
 The trainer's checkpoints are for release; only the run's own can be resumed from, and it is
 written whenever the trainer saves, and at the end. A resumed run goes on in its schedule of the
@@ -25,13 +27,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     WeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -45,7 +51,7 @@ def fit(
     trainer: Trainer,
     run: TrainingRun,
     module: LightningModule,
-    train_dataloader: DataLoader[Any],
+    train_dataloader: DataLoader[Any] | LightningDataModule,
     val_dataloaders: Any = None,
     *,
     physical: int | None = None,
@@ -57,26 +63,54 @@ def fit(
         trainer: On one device, in full precision, without clipping or accumulation of its own.
         run: The run that pays.
         module: Optimized automatically, by one optimizer.
-        train_dataloader: Gives dataset, collation and workers; its batching is replaced.
-        val_dataloaders: As for ``trainer.fit``.
+        train_dataloader: Gives dataset, collation and workers; its batching is replaced. Or a
+            data module that makes one.
+        val_dataloaders: As for ``trainer.fit``; a data module makes its own.
         physical: Most rows of a batch.
         mode: How gradients are clipped; see :meth:`finetune.TrainingRun.make_private`.
 
     Raises:
         UnsupportedSetting: If the guarantee would not hold.
-        SkippedStep: If ``training_step`` returned no loss.
+        SkippedStep: If ``training_step`` returned no loss, or was skipped.
     """
     _check_settings(trainer, module)
-    guard = _Guard(run, train_dataloader, physical, mode)
-    own = module.training_step
+    guard = _Guard(run, physical, mode)
+    loop, strategy = trainer.fit_loop.epoch_loop, trainer.strategy
+    automatic, results = loop.automatic_optimization, loop._results  # noqa: SLF001
     with ExitStack() as undo:
-        _replace(undo, module, "training_step", wraps(own)(partial(guard.training_step, own)))
+        # Nothing of the module itself is replaced: callbacks may copy it.
+        _replace(undo, strategy, "setup_optimizers", partial(_one_optimizer, strategy))
+        _replace(undo, strategy, "training_step", partial(guard.training_step, strategy))
+        _replace(undo, automatic, "run", partial(_without_loss, automatic.run))
+        _replace(undo, results, "log", partial(guard.log, results.log))
         _replace(undo, trainer.fit_loop, "max_epochs", trainer.current_epoch + 1)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(guard)
         undo.callback(callbacks.remove, guard)
-        trainer.fit(module, guard.steps, val_dataloaders)
+        if isinstance(train_dataloader, LightningDataModule):
+            guard.make_loader = train_dataloader.train_dataloader
+            _replace(undo, train_dataloader, "train_dataloader", lambda: guard.steps)
+            trainer.fit(module, None, val_dataloaders, datamodule=train_dataloader)
+        else:
+            guard.make_loader = lambda: train_dataloader
+            trainer.fit(module, guard.steps, val_dataloaders)
     guard.save()
+
+
+def _without_loss(own: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Return what a step hands to callbacks, with zero in place of the loss."""
+    outputs = own(*args)
+    return outputs | {"loss": torch.zeros_like(outputs["loss"])}
+
+
+def _one_optimizer(strategy: Any, trainer: Trainer) -> None:
+    """Set up the optimizer of a module, if it is one."""
+    try:
+        type(strategy).setup_optimizers(strategy, trainer)
+    except RuntimeError as error:  # its advice, automatic_optimization = False, does not fit
+        if "multiple optimizers" not in str(error):
+            raise
+        raise UnsupportedSetting("configure_optimizers", "several", _OPTIMIZER) from error
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: object) -> None:
@@ -92,26 +126,36 @@ class _Guard(Callback):
     """Makes the optimizer of a fit private, and what is done in a step and when it is saved."""
 
     def __init__(
-        self,
-        run: TrainingRun,
-        loader: DataLoader[Any],
-        physical: int | None,
-        mode: Literal["hooks", "ghost"],
+        self, run: TrainingRun, physical: int | None, mode: Literal["hooks", "ghost"]
     ) -> None:
-        self.steps = _Steps(run, loader, physical)
+        self.steps = _Steps(run, physical)
+        self.make_loader: Callable[[], Any] = lambda: None
         self._run, self._mode = run, mode
         self._trainer: Any = None
         self._optimizer: Any = None
+        self._warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the private optimizer in place of the module's own."""
         if [bool(each.param_groups) for each in trainer.optimizers] != [True]:
+            raise UnsupportedSetting("configure_optimizers", trainer.optimizers, _OPTIMIZER)
+        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise UnsupportedSetting(
-                "configure_optimizers", trainer.optimizers, "return one optimizer"
+                "configure_optimizers",
+                "LBFGS",
+                "it computes gradients several times for an update, and one is paid for; return"
+                " an optimizer that needs one, such as SGD or AdamW",
+            )
+        loader = self.make_loader()
+        if not isinstance(loader, DataLoader):
+            raise UnsupportedSetting(
+                "train_dataloader",
+                type(loader).__name__,
+                "pass one DataLoader over all rows (samples are drawn from one data set)",
             )
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         _, self._optimizer, self.steps.loader = self._run.make_private(
-            pl_module, trainer.optimizers[0], self.steps.loader, mode=self._mode
+            pl_module, trainer.optimizers[0], loader, mode=self._mode
         )
         self._trainer, trainer.optimizers = trainer, [self._optimizer]
         self._catch_up(trainer.lr_scheduler_configs, rates)
@@ -129,10 +173,10 @@ class _Guard(Callback):
                     for _ in range(taken // schedule.frequency):
                         schedule.scheduler.step()
 
-    def training_step(self, own: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, strategy: Any, batch: Any, *args: Any) -> Any:
         """Take all parts of a sample, and return what a module's own method does of the last."""
         while True:
-            output = own(batch, *args, **kwargs)
+            output = type(strategy).training_step(strategy, batch, *args)
             output = output if isinstance(output, Mapping) else {"loss": output}
             if output.get("loss") is None:
                 raise SkippedStep(
@@ -144,8 +188,34 @@ class _Guard(Callback):
             self._optimizer.zero_grad()
             output["loss"].backward()
             self._optimizer.step()
-            batch = self._trainer.lightning_module.on_before_batch_transfer(self.steps.part(), 0)
-            batch = self._trainer.strategy.batch_to_device(batch)
+            batch = strategy.precision_plugin.convert_input(self.steps.part())
+            batch = strategy.lightning_module._on_before_batch_transfer(batch)  # noqa: SLF001
+            batch = strategy.batch_to_device(batch)
+
+    def log(self, own: Callable[..., None], hook: str, name: str, *args: Any, **kw: Any) -> None:
+        """Log what is not computed from private rows."""
+        if hook != "training_step":
+            own(hook, name, *args, **kw)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"training_step logs {name!r}, which is private: this and all else that it logs is"
+                " dropped; evaluate on public rows, and log in validation_step",
+                UserWarning,
+                stacklevel=3,  # where training_step logs
+            )
+
+    def on_train_end(self, *_: object) -> None:
+        """Raise if the last batch was skipped; the run itself sees it of the others.
+
+        Raises:
+            SkippedStep: If so.
+        """
+        if not self._optimizer.turn.done:
+            raise SkippedStep(
+                "on_train_batch_start returned -1 and left a batch out that was paid for; take"
+                " every batch, whatever is in it, and end training by Trainer(max_steps=...)"
+            )
 
     def save(self) -> None:
         """Write the run's checkpoint, if it has one."""
@@ -160,8 +230,8 @@ class _Guard(Callback):
 class _Steps:
     """The loader that the trainer sees: the first part of the sample of each step."""
 
-    def __init__(self, run: TrainingRun, loader: DataLoader[Any], physical: int | None) -> None:
-        self.loader = loader
+    def __init__(self, run: TrainingRun, physical: int | None) -> None:
+        self.loader: Any = None
         self._run, self._physical, self._steps = run, physical, run.remaining
         self._parts: Iterator[Any] = iter(())
 
@@ -177,6 +247,7 @@ class _Steps:
         return next(self._parts)
 
 
+_OPTIMIZER = "return one optimizer, with a group of parameters for each learning rate"
 _ONE = "run on one device, in one process: Trainer(devices=1, strategy='auto')"
 _ALLOWED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (
@@ -196,6 +267,18 @@ _ALLOWED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("overfit_batches", (0, 0.0), "samples are drawn by Poisson sampling"),
 )
 
+_CALLBACKS: tuple[tuple[Any, str], ...] = (
+    (
+        StochasticWeightAveraging | WeightAveraging,
+        "it puts averages in place of the module's weights; average those of saved models",
+    ),
+    (ThroughputMonitor, "it publishes the sizes of the samples, which are private; remove it"),
+    (
+        LearningRateFinder | BatchSizeFinder,
+        "it tries settings on private rows, unpaid; choose them on public rows before the run",
+    ),
+)
+
 
 def _check_settings(trainer: Trainer, module: LightningModule) -> None:
     if not isinstance(trainer, Trainer):
@@ -212,12 +295,9 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
             and callback.going_to_accumulate_grad_batches()
         ):
             raise UnsupportedSetting("callbacks", type(callback).__name__, _ALLOWED[0][2])
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UnsupportedSetting(
-                "callbacks",
-                type(callback).__name__,
-                "it copies the module while it is guarded; average the weights of saved models",
-            )
+        for kind, advice in _CALLBACKS:
+            if isinstance(callback, kind):
+                raise UnsupportedSetting("callbacks", type(callback).__name__, advice)
     if type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
         raise UnsupportedSetting(
             "configure_gradient_clipping", type(module).__name__, _ALLOWED[1][2]

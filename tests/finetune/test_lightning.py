@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -11,11 +12,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import (  # noqa: E402
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+)
 from lightning.pytorch.callbacks import (  # noqa: E402
+    BatchSizeFinder,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
 )
 
 from accountant import Accountant  # noqa: E402
@@ -75,7 +84,6 @@ class Module(LightningModule):
 
     def training_step(self, batch):
         self.parts += 1
-        self.log("parts", float(self.parts))
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
@@ -229,6 +237,9 @@ def test_samples_without_rows_move_nothing_but_by_noise(accountant, mode):
         ({"overfit_batches": 1}, "overfit_batches"),
         ({"strategy": "ddp"}, "strategy"),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "callbacks"),
+        ({"callbacks": [ThroughputMonitor(len)]}, "callbacks"),
+        ({"callbacks": [LearningRateFinder()]}, "callbacks"),
+        ({"callbacks": [BatchSizeFinder()]}, "callbacks"),
     ],
 )
 def test_settings_that_break_the_guarantee_are_named_before_a_step(accountant, settings, name):
@@ -282,10 +293,25 @@ class Picks(Module):
         super().training_step(batch)
 
 
-def test_callbacks_that_copy_the_module_are_refused(accountant):
+class Several(Module):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=1.0) for part in (self.net[0], self.net[2])]
+
+
+class Searches(Module):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Skips(Module):
+    def on_train_batch_start(self, *_):
+        return -1
+
+
+def test_callbacks_that_replace_weights_are_refused(accountant):
     with (
         training_run(accountant, "b", plan(), unit="row") as run,
-        pytest.raises(UnsupportedSetting, match="average the weights of saved models"),
+        pytest.raises(UnsupportedSetting, match="average those of saved models"),
     ):
         averaging = trainer(callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
         fit(averaging, run, Module(), DataLoader(Rows()))
@@ -298,6 +324,9 @@ def test_callbacks_that_copy_the_module_are_refused(accountant):
         (Manual, UnsupportedSetting, "iterate over run.batches"),
         (Clips, UnsupportedSetting, "configure_gradient_clipping='Clips'"),
         (Idle, UnsupportedSetting, "return one optimizer"),
+        (Several, UnsupportedSetting, "return one optimizer, with a group of parameters for each"),
+        (Searches, UnsupportedSetting, "LBFGS.* return an optimizer that needs one"),
+        (Skips, SkippedStep, "on_train_batch_start returned -1"),
         (Picks, SkippedStep, "return one for every batch"),
     ],
 )
@@ -310,6 +339,120 @@ def test_modules_that_cannot_be_guarded_change_no_weight(accountant, made, error
     ):
         fit(trainer(), run, module, DataLoader(Rows()))
     assert torch.equal(weights(module), before)
+
+
+def test_optimizers_of_several_gradients_or_parts_are_named_before_a_step(accountant):
+    for made in (Several, Searches):
+        with training_run(accountant, "b", plan(), unit="row") as run:
+            with pytest.raises(UnsupportedSetting):
+                fit(trainer(), run, made(), DataLoader(Rows()))
+            assert run.marked == 0
+
+
+class Logs(Validated):
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        self.log("private", loss, on_step=True, on_epoch=True)
+        self.log_dict({"rows": float(len(batch[0]))})
+        return {"loss": loss}
+
+
+def test_what_training_step_logs_is_dropped_with_one_warning(accountant):
+    used = trainer()
+    with (
+        training_run(accountant, "b", plan(), unit="row") as run,
+        pytest.warns(UserWarning, match="training_step logs 'private'") as warned,
+    ):
+        fit(used, run, Logs(), DataLoader(Rows()), DataLoader(Rows()), physical=5)
+    assert {*used.callback_metrics, *used.logged_metrics} == {"val_loss"}
+    assert [each.filename for each in warned if "private" in str(each.message)] == [__file__]
+    assert marks(accountant) == 2
+
+
+def test_control_a_trainer_of_its_own_logs_it():
+    used = trainer(max_steps=1)
+    used.fit(Logs(), DataLoader(Rows(), batch_size=4), DataLoader(Rows()))
+    assert {"private", "rows"} < {*used.callback_metrics}
+
+
+class Sees(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, _trainer, _module, outputs, *_):
+        self.losses.append(float(outputs["loss"]))
+
+
+def test_callbacks_see_a_loss_of_zero(accountant):
+    sees = Sees()
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        fit(trainer(callbacks=[sees]), run, Module(), DataLoader(Rows()), physical=5)
+    assert sees.losses == [0.0, 0.0]
+    trainer(callbacks=[sees], max_steps=1).fit(Module(), DataLoader(Rows(), batch_size=4))
+    assert sees.losses.pop() > 0  # of a trainer of its own
+
+
+class Copies(Callback):
+    """Keeps copies of the module and of a part of it, as averages of weights need."""
+
+    def __init__(self):
+        self.copies = []
+
+    def setup(self, _trainer, pl_module, **_):
+        self.copies += copy.deepcopy(pl_module), copy.deepcopy(pl_module.net)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.setup(trainer, pl_module)
+
+
+def test_callbacks_may_copy_the_module(accountant):
+    copies, module = Copies(), Module()
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        fit(trainer(callbacks=[copies]), run, module, DataLoader(Rows()))
+    assert len(copies.copies) == 6
+    assert all(torch.equal(weights(each), weights(module)) for each in copies.copies[-2:])
+    assert not torch.equal(weights(copies.copies[0]), weights(module))
+
+
+class Data(LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def setup(self, **_):
+        self.rows = Rows()
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=4)
+
+    def val_dataloader(self):
+        return DataLoader(self.rows)
+
+    def on_before_batch_transfer(self, batch, *_):
+        assert batch[0].dtype == self.trainer.lightning_module.net[0].weight.dtype
+        self.sizes.append(len(batch[0]))
+        return batch
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_data_module_s_rows_and_hooks_are_used_of_all_parts(accountant, precision):
+    data, module = Data(), Validated()
+    used = trainer(precision=precision, num_sanity_val_steps=0)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        fit(used, run, module, data, physical=5)
+    assert data.sizes[:3] == [5, 5, 2]
+    assert data.sizes[3:6] == [5, 5, 2]
+    assert used.callback_metrics["val_loss"] > 0
+    assert close(weights(module).float(), by_hand())
+    assert data.train_dataloader().batch_size == 4
+
+
+def test_several_loaders_are_named_before_a_step(accountant):
+    for loader in ([DataLoader(Rows())], {"one": DataLoader(Rows())}):
+        with training_run(accountant, "b", plan(), unit="row") as run:
+            with pytest.raises(UnsupportedSetting, match="pass one DataLoader over all rows"):
+                fit(trainer(), run, Module(), loader)
+            assert run.marked == 0
 
 
 def test_rows_that_cannot_be_poisson_sampled_are_named_before_a_step(accountant):

@@ -204,11 +204,17 @@ def test_rows_of_very_different_scale_are_not_accused():
 
 
 def test_a_weight_that_the_loss_does_not_reach_is_named():
-    model = nn.Sequential(nn.Linear(4, 3))
-    model.extra = nn.Linear(2, 2)
-    model.forward = model[0]
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.extra = nn.Linear(4, 3), nn.Linear(2, 2)
+
+        def forward(self, features):
+            return self.used(features)
+
     with pytest.raises(NoGradient, match=r"extra\.weight got no gradient"):
-        check_rows_apart(model, mean_loss, rows())
+        check_rows_apart(Partly(), mean_loss, rows())
+
 
 
 class Recurrent(nn.Module):
