@@ -15,6 +15,7 @@ The loss of a row is the mean over its own tokens, and the loss of a batch the m
 Trainer's own, a mean over all tokens of the batch, lets one row rescale the others. Losses,
 gradient norms and operation counts are computed from private data, so none are logged. Evaluation
 is as ever: what it prints is inside the guarantee only if its rows are not the private ones.
+PEFT's LoRA on linear layers, prompt tuning, p-tuning and prefix tuning are supported.
 
 The model stays the caller's own object: ``save_pretrained`` and ``trainer.save_model`` work. The
 Trainer's checkpoints are for release; only the run's own can be resumed from, and it is written
@@ -27,7 +28,9 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -44,6 +47,7 @@ from finetune.errors import (
     UnsupportedSetting,
 )
 from finetune.opacus import TrainingRun
+from finetune.optimizers import Turn
 
 _IGNORED = -100
 _PRIVATE = ("loss", "train_loss", "grad_norm", "total_flos")
@@ -55,8 +59,8 @@ def guarded(
     """Return a class like ``trainer`` whose training is paid for by a run.
 
     Its ``compute_loss_func``, if given, takes outputs and labels, and returns one loss for each
-    row: shape (rows,). It is needed for tasks other than causal and masked language models,
-    sequence and token classification.
+    row: shape (rows,). It is needed for tasks other than causal and masked language models, and
+    classification of sequences, tokens, images and audio.
 
     Args:
         trainer: Hugging Face's ``Trainer``, or a subclass that leaves ``compute_loss`` as it is.
@@ -96,6 +100,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         self._plain: DataLoader[Any] | None = None
         self._samples: DataLoader[Any] | None = None
         self._parts: Iterator[Any] = iter(())
+        self._undo = ExitStack()
         self.add_callback(_Between(self))
 
     def train(self, resume_from_checkpoint: object = None, *args: Any, **kwargs: Any) -> Any:
@@ -107,8 +112,12 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             UnsupportedModel: If the model cannot be trained in this mode, or not at all.
             UnmarkedStep: If it was trained to the end of the plan already, or the run has ended.
         """
-        if self._optimizer is not None and not self.run.remaining:
-            raise UnmarkedStep("no step of the plan is left; start a new run for more")
+        ended = self.run.marked < self.run.steps  # with steps that were never taken
+        if not self.run.remaining and (ended or self._optimizer is not None):
+            raise UnmarkedStep(
+                "no step of the plan is left, or the run has ended; start a new run, and train"
+                " inside of `with training_run(...)`"
+            )
         if resume_from_checkpoint:
             raise UnsupportedSetting(
                 "resume_from_checkpoint",
@@ -117,17 +126,14 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 " training_run(..., checkpoint=path)",
             )
         _check_settings(self)
+        _check_tables(self.model)
         asked, total = self.args, _planned(self.run)
         self.args = copy.copy(asked)
         self.args.max_grad_norm = 0.0  # rows are clipped already, by the plan
         self.args.max_steps = min(asked.max_steps, total) if asked.max_steps > 0 else total
-        hooks = self._hook_embeddings()
-        try:
+        with ExitStack() as self._undo:
+            self._undo.callback(setattr, self, "args", asked)
             output = super().train(None, *args, **kwargs)
-        finally:
-            self.args = asked
-            for hook in hooks:
-                hook.remove()
         self._save_run()
         return output._replace(training_loss=math.nan)
 
@@ -151,10 +157,20 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         return _Steps(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the optimizer of the private run."""
+        """Return the optimizer of the private run.
+
+        Raises:
+            UnsupportedSetting: If it was not trained before, and this is not called by ``train``.
+        """
         if self._optimizer is None:
+            if self._plain is None:  # the Trainer asks for its loader first
+                raise UnsupportedSetting(
+                    "create_optimizer",
+                    "called by hand",
+                    "train() does that, once it has the rows to sample; pass optimizers=(...) to"
+                    " choose one",
+                )
             plain = super().create_optimizer(*args, **kwargs)
-            assert self._plain is not None  # noqa: S101 - the Trainer asks for its loader first
             self.model.train()  # as the Trainer does before each step; from_pretrained does not
             _, self._optimizer, self._samples = self.run.make_private(
                 self.model, plain, self._plain, mode=self.mode
@@ -196,11 +212,14 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         labels = features.pop("labels", None)
         mask = features.get("attention_mask")
         left = isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all()
-        if left and "position_ids" not in features:
+        alike = self.compute_loss_func is None and _only_distances_matter(self.model)
+        if left and "position_ids" not in features and not alike:
             raise UnitsMixed(
                 "rows are padded on the left, so the longest row of a batch shifts the positions of"
                 " the others; pad on the right, or pass position_ids"
             )
+        if left and isinstance(labels, Tensor) and labels.shape == mask.shape:  # type: ignore[union-attr]
+            labels = self._of_own_tokens(labels, mask)
         outputs = model(**features)
         losses = self._row_losses(outputs, labels)
         rows = max(1, self._optimizer.turn.rows)
@@ -233,18 +252,35 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         """Return zero: they tell the size of the samples."""
         return 0
 
-    def _hook_embeddings(self) -> list[Any]:
-        """Look positions up once for each row, where a model does so once for the batch."""
-        return [
-            module.register_forward_pre_hook(partial(self._each_row, name), prepend=True)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Embedding) and module.weight.requires_grad
-        ]
+    def _of_own_tokens(self, labels: Tensor, mask: Any) -> Tensor:
+        """Ignore tokens that would be predicted from padding, as where there is no padding."""
+        shift = getattr(self._row_losses, "keywords", {}).get("shift", 0)
+        behind = functional.pad(mask == 0, (shift, 0))[:, : labels.shape[1]]
+        return labels.masked_fill(behind & (mask != 0), _IGNORED)
 
-    def _each_row(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    def _hook_embeddings(self) -> None:
+        """Look positions and prompts up once for each row, where a model does so for the batch."""
+        turn = self._optimizer.turn
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+                hook = module.register_forward_pre_hook(_for_each_row(name, turn), prepend=True)
+                self._undo.callback(hook.remove)
+        if hasattr(self.model, "get_prompt"):
+            self.model.get_prompt = MethodType(_prompt_of_each_row, self.model)
+            self._undo.callback(delattr, self.model, "get_prompt")
+
+    def _save_run(self) -> None:
+        """Write the run's checkpoint, if it has one."""
+        if self.run.checkpoint is not None:
+            self.run.save()
+
+
+# Functions, and not methods: a copy of the model must not try to copy the trainer with them.
+def _for_each_row(name: str, turn: Turn) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    def look_up(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if not module.training or not inputs:
             return None
-        rows = max(1, self._optimizer.turn.rows)
+        rows = max(1, turn.rows)
         if inputs[0].dim() < 2 or len(inputs[0]) not in (1, rows):
             raise UnsupportedModel(
                 f"{name} looks up {tuple(inputs[0].shape)} entries for {rows} rows; it needs one"
@@ -252,10 +288,13 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             )
         return (inputs[0].expand(rows, *inputs[0].shape[1:]).contiguous(), *inputs[1:])
 
-    def _save_run(self) -> None:
-        """Write the run's checkpoint, if it has one."""
-        if self.run.checkpoint is not None:
-            self.run.save()
+    return look_up
+
+
+def _prompt_of_each_row(model: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+    """Return a prompt for each row, of which PEFT repeats what it takes for the only one."""
+    prompt = type(model).get_prompt(model, batch_size, *args, **kwargs)
+    return prompt[:batch_size] if isinstance(prompt, Tensor) else prompt
 
 
 def _planned(run: TrainingRun) -> int:
@@ -289,6 +328,7 @@ class _Between(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._trainer._hook_embeddings()  # noqa: SLF001 - after Opacus has copied some layers
         run = self._trainer.run
         state.global_step = self._trainer._initial_global_step = _planned(run) - run.remaining  # noqa: SLF001
 
@@ -303,8 +343,8 @@ def row_losses(model: nn.Module, label_smoothing: float = 0.0) -> Callable[[Any,
     """Return the loss of a task, as a function of outputs and labels to losses (rows,).
 
     Args:
-        model: A causal or masked language model, or one for sequence or token classification;
-            within PEFT's or not.
+        model: A causal or masked language model, or one for classification of sequences, tokens,
+            images or audio; within PEFT's or not.
         label_smoothing: Weight of the uniform distribution over classes, in [0, 1).
 
     Raises:
@@ -321,7 +361,7 @@ def row_losses(model: nn.Module, label_smoothing: float = 0.0) -> Callable[[Any,
             return partial(_token_losses, shift=1, label_smoothing=label_smoothing)
         if is_of("ForMaskedLM", "ForTokenClassification"):
             return partial(_token_losses, shift=0, label_smoothing=label_smoothing)
-        if is_of("ForSequenceClassification"):
+        if is_of(*(f"For{each}Classification" for each in ("Sequence", "Image", "Audio"))):
             return partial(_sequence_losses, config=config, label_smoothing=label_smoothing)
     raise UnsupportedModel(
         f"no loss by row is known for {names[0]}; pass compute_loss_func=..., of outputs, labels"
@@ -331,7 +371,9 @@ def row_losses(model: nn.Module, label_smoothing: float = 0.0) -> Callable[[Any,
 
 def _token_losses(outputs: Any, labels: Any, *, shift: int, label_smoothing: float) -> Tensor:
     """Return the mean loss of each row over its own tokens that are not ignored: (rows,)."""
-    logits, labels = outputs["logits"], _labels(labels)[:, shift:]
+    logits, labels = outputs["logits"], _labels(labels)
+    prompt = max(0, logits.shape[1] - labels.shape[1])  # virtual tokens of PEFT's, in front
+    labels = functional.pad(labels, (prompt, 0), value=_IGNORED)[:, shift:]
     logits = logits[:, : logits.shape[1] - shift]
     losses = functional.cross_entropy(
         logits.transpose(1, 2).float(),
@@ -410,6 +452,11 @@ _ALLOWED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ),
     ("group_by_length", (False,), "samples are drawn by Poisson sampling; set False"),
     (
+        "skip_memory_metrics",
+        (True,),
+        "how much memory the private samples take is private; set True",
+    ),
+    (
         "resume_from_checkpoint",
         (None, False),
         "resume through training_run(..., checkpoint=path)",
@@ -441,9 +488,61 @@ def _check_settings(trainer: GuardedTrainer) -> None:
         )
     if trainer.is_model_parallel:
         raise UnsupportedSetting("device_map", trainer.model.hf_device_map, _PARALLEL)
+    evaluated = trainer.eval_dataset
+    every = evaluated.values() if isinstance(evaluated, Mapping) else (evaluated,)
+    if trainer.train_dataset is not None and any(each is trainer.train_dataset for each in every):
+        raise UnsupportedSetting(
+            "eval_dataset",
+            "train_dataset",
+            "losses of the private rows would be printed, and choose what is kept, without noise;"
+            " evaluate on public rows",
+        )
+    _check_adapters(trainer.model)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
             raise UnsupportedModel(
                 f"{name} is trained in {parameter.dtype}, too coarse for the noise; load the model"
                 " with dtype=torch.float32, or train adapters of that type"
             )
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(each.requires_grad for each in module.parameters(recurse=False))
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raise for weights that an adapter uses elsewhere than in a layer of their own."""
+    for name, module in model.named_modules():
+        bare = isinstance(module, nn.ParameterDict | nn.ParameterList)
+        if _trained(module) and (bare or type(module).__module__.startswith("peft.")):
+            raise UnsupportedModel(
+                f"{name} trains weights that are not those of a layer (as IA3, VeRA, DoRA and LoRA"
+                " on embeddings do), so no gradients of single rows are seen; use LoRA on linear"
+                " layers: LoraConfig(target_modules=[...]) of names of nn.Linear"
+            )
+
+
+def _check_tables(model: nn.Module) -> None:
+    """Raise for trainable tables that are looked up for a batch, or not as Opacus expects."""
+    for name, module in model.named_modules():
+        leaf, kind = name.rpartition(".")[2], type(module)
+        relative = leaf.startswith(("rel_", "distance_")) or "relative_" in leaf
+        positional = kind.forward is not nn.Embedding.forward and "Position" in kind.__name__
+        if isinstance(module, nn.Embedding) and _trained(module) and (relative or positional):
+            raise UnsupportedModel(
+                f"{name} is a {kind.__name__} that is not looked up once for each row, so gradients"
+                " of single rows are not seen; freeze it:"
+                f" model.get_submodule({name!r}).requires_grad_(False), or train LoRA"
+            )
+
+
+def _only_distances_matter(model: Any) -> bool:
+    """Say whether attention sees distances of tokens alone, so that padding shifts nothing."""
+    rotary = [each for name, each in model.named_modules() if name.endswith("rotary_emb")]
+    known = ("default", "linear", "llama3", "yarn")  # others depend on the longest row
+    if not rotary or any(getattr(each, "rope_type", None) not in known for each in rotary):
+        return False
+    words = model.get_input_embeddings()
+    return getattr(model.config, "attention_chunk_size", None) is None and not any(
+        isinstance(each, nn.Embedding | nn.Conv1d) and each is not words for each in model.modules()
+    )

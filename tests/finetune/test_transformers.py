@@ -6,6 +6,7 @@ sum of a step can be read off the weights.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -95,6 +96,12 @@ def lora(model, task, *targets):
     return wrapped
 
 
+def prompted(kind, model, task, **settings):
+    """Return a model with three virtual tokens in front of each row."""
+    config = getattr(peft, f"{kind}Config")(task_type=task, num_virtual_tokens=3, **settings)
+    return peft.get_peft_model(model, config)
+
+
 MODELS = {
     "llama lora": lambda: lora(llama(), "CAUSAL_LM", "q_proj", "v_proj"),
     "llama": llama,
@@ -102,11 +109,18 @@ MODELS = {
     "bert lora": lambda: lora(bert(), "SEQ_CLS", "query", "value"),
     "bert": bert,
 }
+PROMPTED = {
+    "llama prompt tuning": lambda: prompted("PromptTuning", llama(), "CAUSAL_LM"),
+    "llama p-tuning": lambda: prompted(
+        "PromptEncoder", llama(), "CAUSAL_LM", encoder_hidden_size=8
+    ),
+    "llama prefix tuning": lambda: prompted("PrefixTuning", llama(), "CAUSAL_LM"),
+}
 
 
 def made(name):
     torch.manual_seed(1)
-    return MODELS[name]()
+    return (MODELS | PROMPTED)[name]()
 
 
 def rows_for(name, count=ROWS):
@@ -163,12 +177,12 @@ def marks(accountant):
     return sum(each.uses for each in accountant.statement("b").activities)
 
 
-def by_hand(name, steps=2, max_grad_norm=CLIP):
+def by_hand(name, steps=2, max_grad_norm=CLIP, rows=None, rate=1.0):
     """Return the weights after clipped steps with the model's own loss of one row at a time."""
     model = made(name).train()
     for _ in range(steps):
         total = [torch.zeros_like(part) for part in trainable(model)]
-        for row in rows_for(name):
+        for row in rows or rows_for(name):
             inputs = {
                 key.replace("label", "labels").replace("ss", "s"): torch.as_tensor(value)[None]
                 for key, value in row.items()
@@ -179,7 +193,7 @@ def by_hand(name, steps=2, max_grad_norm=CLIP):
                 summed.add_(gradient * min(1.0, max_grad_norm / norm))
         with torch.no_grad():
             for weight, summed in zip(trainable(model), total, strict=True):
-                weight.sub_(summed / ROWS)
+                weight.sub_(rate * summed / ROWS)
     return weights(model)
 
 
@@ -209,6 +223,20 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_rows(accountant, name, mode):
     assert close(weights(model), expected)
     assert not close(weights(model), by_hand(name, max_grad_norm=0.8 * CLIP))  # it would be seen
     assert not close(expected, by_hand(name, steps=0))
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # of peft
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_get_the_sum_of_clipped_gradients_of_rows(accountant, name, mode):
+    """They are small, so they are clipped to less; the rate makes up for it."""
+    model, clip = made(name), CLIP / 100
+    with training_run(accountant, "b", plan(max_grad_norm=clip), unit="row") as run:
+        guarded(Trainer, run, mode=mode)(
+            model=model, args=settings(learning_rate=100.0), train_dataset=rows_for(name)
+        ).train()
+    assert close(weights(model), by_hand(name, max_grad_norm=clip, rate=100.0))
+    assert not close(weights(model), by_hand(name, max_grad_norm=0.8 * clip, rate=100.0))
 
 
 def watched(run, events):
@@ -312,7 +340,7 @@ def test_no_loss_nor_norm_is_logged(accountant, capsys, mode):
     rows, args = rows_for("llama"), settings(save_strategy="steps", save_steps=1)
     with training_run(accountant, "b", plan(), unit="row") as run:
         trainer = guarded(Trainer, run, mode=mode)(
-            model=made("llama lora"), args=args, train_dataset=rows, eval_dataset=rows
+            model=made("llama lora"), args=args, train_dataset=rows, eval_dataset=[*rows]
         )
         output = trainer.train()
     assert logged(trainer, output, capsys.readouterr().out) == set()
@@ -346,6 +374,7 @@ SETTINGS = {
     "neftune_noise_alpha": 5.0,
     "auto_find_batch_size": True,
     "include_num_input_tokens_seen": "all",
+    "skip_memory_metrics": False,
     "train_sampling_strategy": "group_by_length",
     "optim": "adalomo",
     "resume_from_checkpoint": "out/checkpoint-1",
@@ -454,6 +483,48 @@ def test_rows_padded_on_the_left_are_refused(accountant):
     assert torch.equal(weights(model), before)
 
 
+def on_the_left(rows):
+    """Return rows that begin with up to two tokens of padding, and the same without."""
+    padded, own = [], []
+    for number, row in enumerate(rows):
+        padding = number % 3
+        kept = {name: values[: TOKENS - padding] for name, values in row.items()}
+        front = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        padded.append(
+            {
+                name: torch.cat([torch.full((padding,), front[name]), values])
+                for name, values in kept.items()
+            }
+        )
+        own.append(kept)
+    return padded, own
+
+
+def test_rows_padded_on_the_left_of_rotary_models_count_as_if_they_were_not(accountant):
+    padded, own = on_the_left(rows_for("llama"))
+    model = made("llama")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        guarded(Trainer, run)(model=model, args=settings(), train_dataset=padded).train()
+    assert close(weights(model), by_hand("llama", rows=own))
+
+
+def dynamic_llama():
+    """Its frequencies depend on the longest row."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, max_position_embeddings=32, rope_parameters=rope)
+    )
+
+
+@pytest.mark.parametrize("make", [dynamic_llama, PROMPTED["llama prompt tuning"]])
+def test_rotary_models_in_which_padding_shifts_something_are_refused(accountant, make):
+    padded, _ = on_the_left(rows_for("llama"))
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(model=make(), args=settings(), train_dataset=padded)
+        with pytest.raises(UnitsMixed, match="padded on the left"):
+            trainer.train()
+
+
 def test_a_model_as_from_pretrained_leaves_it_is_trained(accountant):
     model = made("bert").eval()
     with training_run(accountant, "b", plan(), unit="row") as run:
@@ -516,6 +587,97 @@ def test_models_that_cannot_be_trained_are_named_before_a_step(accountant):
         with pytest.raises(UnsupportedModel, match="is tied"):
             tied.train()
         assert run.reservation.marked == 0
+
+
+def adapted(kind, *targets, **settings):
+    config = getattr(peft, f"{kind}Config")(
+        task_type="CAUSAL_LM", target_modules=list(targets), **settings
+    )
+    return peft.get_peft_model(llama(), config)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adapted("IA3", "k_proj", feedforward_modules=[]),
+        lambda: adapted("Vera", "q_proj", r=2),
+        lambda: adapted("Lora", "q_proj", r=2, use_dora=True),
+        lambda: adapted("Lora", "q_proj", "embed_tokens", r=2),
+    ],
+)
+def test_adapters_outside_of_layers_are_named_when_a_trainer_is_made(accountant, make):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        with pytest.raises(UnsupportedModel, match="use LoRA on linear layers"):
+            guarded(Trainer, run)(model=make(), args=settings(), train_dataset=rows_for("llama"))
+        assert run.marked == 0
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+        )
+    )
+
+
+def bart():
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, dropout=0.0,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, max_position_embeddings=32, forced_eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # of Opacus, for layers it does not know
+@pytest.mark.parametrize(
+    ("make", "tables"), [(t5, "relative_attention_bias"), (bart, "embed_positions")]
+)
+def test_tables_that_are_not_looked_up_for_each_row_have_to_be_frozen(accountant, make, tables):
+    """With as many tokens as rows, T5's pass for one look-up for each row."""
+
+    def loss(outputs, labels, **_):
+        losses = torch.nn.functional.cross_entropy(
+            outputs.logits.transpose(1, 2), labels, reduction="none"
+        )
+        return losses.mean(1)
+
+    rows = [
+        {"input_ids": row["input_ids"], "decoder_input_ids": row["input_ids"]}
+        | {"labels": row["input_ids"]}
+        for row in rows_for("llama")
+    ]
+    model, args = make(), settings(per_device_train_batch_size=TOKENS)
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=model, args=args, train_dataset=rows, compute_loss_func=loss
+        )
+        with pytest.raises(UnsupportedModel, match=f"{tables} is a .* freeze it: model"):
+            trainer.train()
+        assert run.marked == 0
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(tables not in name)
+        trainer.train()
+    assert marks(accountant) == 2
+
+
+def test_a_model_can_be_copied_by_callbacks_while_it_is_trained(accountant):
+    class Copies(TrainerCallback):
+        def on_train_begin(self, *_, model=None, **__):
+            copies.append(copy.deepcopy(model))
+
+        on_step_end = on_train_begin
+
+    copies, model = [], made("llama prompt tuning")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        guarded(Trainer, run)(
+            model=model, args=settings(), train_dataset=rows_for("llama"), callbacks=[Copies()]
+        ).train()
+    assert len(copies) == 3
+    assert torch.equal(weights(copies[-1]), weights(model))
+    assert copies[-1].get_prompt.__self__ is copies[-1]
+    assert "get_prompt" not in vars(model)
 
 
 def test_frozen_weights_may_be_coarse(accountant):
@@ -597,6 +759,37 @@ def test_fewer_steps_than_planned_and_then_more(accountant):
     assert torch.equal(weights(model), before)
 
 
+def test_a_run_that_ended_trains_nothing(accountant):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"), args=settings(), train_dataset=rows_for("llama")
+        )
+    with pytest.raises(UnmarkedStep, match="the run has ended"):
+        trainer.train()
+
+
+def test_an_optimizer_that_is_made_by_hand_is_named(accountant):
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"), args=settings(), train_dataset=rows_for("llama")
+        )
+        with pytest.raises(UnsupportedSetting, match=r"create_optimizer=.*train\(\) does that"):
+            trainer.create_optimizer()
+
+
+def test_evaluation_on_the_private_rows_is_refused(accountant):
+    rows = rows_for("llama")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        for evaluated in (rows, {"public": rows_for("llama"), "private": rows}):
+            with pytest.raises(UnsupportedSetting, match="losses of the private rows"):
+                guarded(Trainer, run)(
+                    model=made("llama lora"),
+                    args=settings(),
+                    train_dataset=rows,
+                    eval_dataset=evaluated,
+                )
+
+
 def test_a_sample_that_was_left_half_way_joins_no_other(accountant):
     calls = []
 
@@ -675,6 +868,30 @@ def test_the_model_is_saved_as_ever(accountant, tmp_path, name):
 def own_loss(model, inputs):
     """The model's own, which is the mean over the tokens of the batch."""
     return model(**inputs).loss
+
+
+def vit():
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**BERT, image_size=8, patch_size=4)
+    )
+
+
+def ast():
+    return transformers.ASTForAudioClassification(
+        transformers.ASTConfig(
+            **BERT, num_mel_bins=8, max_length=8, patch_size=4, time_stride=4, frequency_stride=4
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "shape"), [(vit, "pixel_values", (3, 8, 8)), (ast, "input_values", (8, 8))]
+)
+def test_images_and_audio_are_classified_without_a_loss_of_ones_own(model, name, shape):
+    torch.manual_seed(4)
+    model, one, label = model().eval(), torch.randn(1, *shape), torch.tensor([2])
+    losses = row_losses(model)(model(one.expand(3, *shape)), label.expand(3))
+    assert torch.allclose(losses, own_loss(model, {name: one, "labels": label}).expand(3))
 
 
 @pytest.mark.parametrize(
