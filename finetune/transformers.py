@@ -16,6 +16,8 @@ Trainer's own, a mean over all tokens of the batch, lets one row rescale the oth
 gradient norms and operation counts are computed from private data, so none are logged. Evaluation
 is as ever: what it prints is inside the guarantee only if its rows are not the private ones.
 PEFT's LoRA on linear layers, prompt tuning, p-tuning and prefix tuning are supported.
+Rows may be padded on the left for rotary models, whose positions are relative, or with
+position_ids; tokens that would be predicted from padding then have no loss.
 
 The model stays the caller's own object: ``save_pretrained`` and ``trainer.save_model`` work. The
 Trainer's checkpoints are for release; only the run's own can be resumed from, and it is written
