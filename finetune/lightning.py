@@ -41,6 +41,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import DataLoader
 
 from finetune.errors import SkippedStep, UnsupportedSetting
@@ -103,6 +104,17 @@ def _without_loss(own: Callable[..., dict[str, Any]], *args: Any) -> dict[str, A
     return outputs | {"loss": torch.zeros_like(outputs["loss"])}
 
 
+def _with_loss(output: Any) -> Mapping[str, Any]:
+    """Return what training_step returned as a mapping, with a loss in it."""
+    found: Mapping[str, Any] = output if isinstance(output, Mapping) else {"loss": output}
+    if found.get("loss") is None:
+        raise SkippedStep(
+            "training_step returned no loss; return one for every batch, whatever is in it: leaving"
+            " one out because of its data reveals it"
+        )
+    return found
+
+
 def _one_optimizer(strategy: Any, trainer: Trainer) -> None:
     """Set up the optimizer of a module, if it is one."""
     try:
@@ -155,10 +167,25 @@ class _Guard(Callback):
             )
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         _, self._optimizer, self.steps.loader = self._run.make_private(
-            pl_module, trainer.optimizers[0], loader, mode=self._mode
+            pl_module,
+            trainer.optimizers[0],
+            loader,
+            mode=self._mode,
+            loss=partial(self._tried, trainer.strategy, pl_module),
         )
         self._trainer, trainer.optimizers = trainer, [self._optimizer]
         self._catch_up(trainer.lr_scheduler_configs, rates)
+
+    def _tried(self, strategy: Any, module: Any, _: object, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch before training, when nothing can be logged."""
+        with ExitStack() as undo:
+            for name in ("log", "log_dict"):
+                _replace(undo, module, name, lambda *_, **__: None)
+            batch = strategy.precision_plugin.convert_input(batch)
+            batch = strategy.batch_to_device(module._on_before_batch_transfer(batch))  # noqa: SLF001
+            numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            loss: torch.Tensor = _with_loss(module.training_step(batch, *[0] * numbered))["loss"]
+        return loss
 
     def _catch_up(self, schedules: list[Any], rates: list[Any]) -> None:
         """Bring fresh schedules of the learning rate to where a resumed run left them."""
@@ -176,13 +203,7 @@ class _Guard(Callback):
     def training_step(self, strategy: Any, batch: Any, *args: Any) -> Any:
         """Take all parts of a sample, and return what a module's own method does of the last."""
         while True:
-            output = type(strategy).training_step(strategy, batch, *args)
-            output = output if isinstance(output, Mapping) else {"loss": output}
-            if output.get("loss") is None:
-                raise SkippedStep(
-                    "training_step returned no loss; return one for every batch, whatever is in"
-                    " it: leaving one out because of its data reveals it"
-                )
+            output = _with_loss(type(strategy).training_step(strategy, batch, *args))
             if self._optimizer.turn.last:
                 return output
             self._optimizer.zero_grad()

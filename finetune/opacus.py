@@ -216,7 +216,7 @@ class TrainingRun:
     ) -> None:
         self._segments = tuple(zip(plans, steps, strict=True))
         self._path, self._saved = path, saved
-        self._turn = Turn()
+        self.turn = Turn()
         self._loader: DataLoader[Any] | None = None
         self._fresh: Callable[[TrainingPlan, int | None], Any] = lambda *_: None
         self._round: object = None
@@ -335,7 +335,7 @@ class TrainingRun:
             self._model = _MODES[mode](model, loss_reduction="mean")
         except NotImplementedError as error:
             raise UnsupportedModel(f"Opacus cannot take it: {error}") from error
-        self._optimizer = Guarded(optimizer, plan=self.plan, turn=self._turn, module=self._model)
+        self._optimizer = Guarded(optimizer, plan=self.plan, turn=self.turn, module=self._model)
 
         def drop(parameter: Tensor) -> None:
             if self._optimizer is not None:
@@ -388,18 +388,18 @@ class TrainingRun:
                 sampler, rows = fresh.batch_sampler, iter(fresh)
             optimizer.drop()  # what is left of a sample that was not finished
             distributed.led(self._now[1]).mark()
-            self._turn.paid, self._turn.last = True, False
-            while not self._turn.last:
+            self.turn.paid, self.turn.last = True, False
+            while not self.turn.last:
                 count, batch = next(rows)
                 optimizer.forget()
-                self._turn.rows, self._turn.last = count, sampler.last.popleft()
-                self._turn.done = False
+                self.turn.rows, self.turn.last = count, sampler.last.popleft()
+                self.turn.done = False
                 yield batch
                 if self._round is not now:
                     raise NotPoissonSampled(
                         "another loop over run.batches began meanwhile; use one at a time"
                     )
-                if not self._turn.done:
+                if not self.turn.done:
                     raise SkippedStep(
                         "the last batch got no optimizer step; take one for every batch, whatever"
                         " its loss, and for empty ones too"
@@ -425,7 +425,7 @@ class TrainingRun:
 
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and every hook."""
-        self._turn.paid = self._turn.noised = False
+        self.turn.paid = self.turn.noised = False
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -453,18 +453,18 @@ class TrainingRun:
         """Try a loss on two batches, of which the second lacks the last row of the first."""
 
         def counted(model: nn.Module, batch: tuple[int, Any]) -> Tensor:
-            self._turn.rows = batch[0]
+            self.turn.rows = batch[0]
             return loss(model, batch[1])
 
         whole, part = batches
         try:
             check_made_up(model, counted, (_MADE_UP, whole), (_MADE_UP - 1, part))
         finally:
-            self._turn.rows = 0
+            self.turn.rows = 0
 
     def _check_statistics(self, module: nn.Module) -> None:
         """Raise if a layer of batch statistics was put back into training."""
-        if module.training and self._turn.paid:
+        if module.training and self.turn.paid:
             raise UnsupportedModel(
                 f"a {type(module).__name__} is in training mode, in which batch statistics mix rows"
                 " and are kept without noise; put it in eval() after each model.train()"
@@ -472,9 +472,9 @@ class TrainingRun:
 
     def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...], others: Any) -> None:
         """Raise if a layer that is trained sees anything else than the rows of the batch."""
-        if not (is_grad_enabled() and self._turn.paid):
+        if not (is_grad_enabled() and self.turn.paid):
             return
-        name, rows = type(module).__name__, max(1, self._turn.rows)
+        name, rows = type(module).__name__, max(1, self.turn.rows)
         if not module.training:
             raise UnsupportedModel(
                 f"a {name} that is trained was put in evaluation mode, in which no gradients of"

@@ -127,6 +127,8 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
     try:
         with _left_as_it_was(model):
             loss(model, whole).backward()  # type: ignore[no-untyped-call]
+    except FinetuneError:
+        raise
     except Exception as error:  # noqa: BLE001 - of any model, about rows that we made up
         reason = f"{type(error).__name__}: {error}"
     else:

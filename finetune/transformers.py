@@ -175,7 +175,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             plain = super().create_optimizer(*args, **kwargs)
             self.model.train()  # as the Trainer does before each step; from_pretrained does not
             _, self._optimizer, self._samples = self.run.make_private(
-                self.model, plain, self._plain, mode=self.mode
+                self.model, plain, self._plain, mode=self.mode, loss=self._tried
             )
             self.optimizer = self._optimizer
         return self.optimizer
@@ -210,6 +210,12 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         """Return the mean over rows of the loss of each; in evaluation, the Trainer's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, outputs = self._losses(model, inputs)
+        loss = losses.mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Return the loss of each row, and the outputs of the model."""
         features = dict(inputs)
         labels = features.pop("labels", None)
         mask = features.get("attention_mask")
@@ -224,15 +230,20 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             labels = self._of_own_tokens(labels, mask)
         outputs = model(**features)
         losses = self._row_losses(outputs, labels)
-        rows = max(1, self._optimizer.turn.rows)
+        rows = max(1, self.run.turn.rows)
         if losses.shape != (rows,):
             raise UnitsMixed(
                 f"the batch has {rows} rows, and losses have the shape {tuple(losses.shape)};"
                 " compute_loss_func has to return one loss for each row, and not their mean, and"
                 " data_collator has to keep rows apart, as the first dimension"
             )
-        loss = losses.mean()
-        return (loss, outputs) if return_outputs else loss
+        return losses, outputs
+
+    def _tried(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch before training, when nothing of the model is hooked."""
+        with ExitStack() as undo:
+            self._hook_embeddings(undo)
+            return self._losses(model, self._prepare_inputs(batch))[0].mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what is not computed from private rows."""
@@ -260,16 +271,16 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         behind = functional.pad(mask == 0, (shift, 0))[:, : labels.shape[1]]
         return labels.masked_fill(behind & (mask != 0), _IGNORED)
 
-    def _hook_embeddings(self) -> None:
+    def _hook_embeddings(self, undo: ExitStack) -> None:
         """Look positions and prompts up once for each row, where a model does so for the batch."""
-        turn = self._optimizer.turn
+        turn = self.run.turn
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and module.weight.requires_grad:
                 hook = module.register_forward_pre_hook(_for_each_row(name, turn), prepend=True)
-                self._undo.callback(hook.remove)
+                undo.callback(hook.remove)
         if hasattr(self.model, "get_prompt"):
             self.model.get_prompt = MethodType(_prompt_of_each_row, self.model)
-            self._undo.callback(delattr, self.model, "get_prompt")
+            undo.callback(delattr, self.model, "get_prompt")
 
     def _save_run(self) -> None:
         """Write the run's checkpoint, if it has one."""
@@ -330,7 +341,7 @@ class _Between(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._trainer._hook_embeddings()  # noqa: SLF001 - after Opacus has copied some layers
+        self._trainer._hook_embeddings(self._trainer._undo)  # noqa: SLF001 - Opacus copied its layers before
         run = self._trainer.run
         state.global_step = self._trainer._initial_global_step = _planned(run) - run.remaining  # noqa: SLF001
 

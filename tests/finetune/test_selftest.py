@@ -216,7 +216,6 @@ def test_a_weight_that_the_loss_does_not_reach_is_named():
         check_rows_apart(Partly(), mean_loss, rows())
 
 
-
 class Recurrent(nn.Module):
     """Layers whose dropout is not a layer of its own."""
 
