@@ -151,13 +151,6 @@ class _Guard(Callback):
         """Put the private optimizer in place of the module's own."""
         if [bool(each.param_groups) for each in trainer.optimizers] != [True]:
             raise UnsupportedSetting("configure_optimizers", trainer.optimizers, _OPTIMIZER)
-        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-            raise UnsupportedSetting(
-                "configure_optimizers",
-                "LBFGS",
-                "it computes gradients several times for an update, and one is paid for; return"
-                " an optimizer that needs one, such as SGD or AdamW",
-            )
         loader = self.make_loader()
         if not isinstance(loader, DataLoader):
             raise UnsupportedSetting(

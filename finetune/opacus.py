@@ -303,7 +303,9 @@ class TrainingRun:
             )
         if isinstance(optimizer, LBFGS):
             raise UnsupportedSetting(
-                "optimizer", "LBFGS", "it evaluates the loss several times a step; take SGD or Adam"
+                "optimizer",
+                "LBFGS",
+                "it takes several gradients a step; use one that needs one, as AdamW",
             )
         if isinstance(optimizer, DPOptimizer):
             raise TypeError("pass the plain optimizer, not the one of an earlier run")

@@ -29,7 +29,13 @@ from lightning.pytorch.callbacks import (  # noqa: E402
 
 from accountant import Accountant  # noqa: E402
 from dp import adaptive  # noqa: E402
-from finetune import NotPoissonSampled, SkippedStep, TrainingPlan, training_run  # noqa: E402
+from finetune import (  # noqa: E402
+    NotPoissonSampled,
+    RowsMixed,
+    SkippedStep,
+    TrainingPlan,
+    training_run,
+)
 from finetune.lightning import UnsupportedSetting, fit  # noqa: E402
 
 pytestmark = [
@@ -306,6 +312,12 @@ class Searches(Module):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Sums(Module):
+    def training_step(self, batch):
+        self.log("loss", 0.0)
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+
 class Skips(Module):
     def on_train_batch_start(self, *_):
         return -1
@@ -328,8 +340,9 @@ def test_callbacks_that_replace_weights_are_refused(accountant):
         (Clips, UnsupportedSetting, "configure_gradient_clipping='Clips'"),
         (Idle, UnsupportedSetting, "return one optimizer"),
         (Several, UnsupportedSetting, "return one optimizer, with a group of parameters for each"),
-        (Searches, UnsupportedSetting, "LBFGS.* return an optimizer that needs one"),
+        (Searches, UnsupportedSetting, "LBFGS.* use one that needs one"),
         (Skips, SkippedStep, "on_train_batch_start returned -1"),
+        (Sums, RowsMixed, "gradient of one of them changed"),
         (Picks, SkippedStep, "return one for every batch"),
     ],
 )

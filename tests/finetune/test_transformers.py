@@ -657,6 +657,26 @@ def test_tables_that_are_not_looked_up_for_each_row_have_to_be_frozen(accountant
     assert marks(accountant) == 2
 
 
+def test_a_loss_function_that_mixes_rows_is_named_before_a_step(accountant):
+    """It returns one loss for each row, so its shape does not tell."""
+
+    def balanced(outputs, labels, **_):
+        weights = torch.tensor([1.0, 50.0])[labels.clamp(max=1)]
+        losses = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+        return losses * weights / weights.mean()
+
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("bert"),
+            args=settings(),
+            train_dataset=rows_for("bert"),
+            compute_loss_func=balanced,
+        )
+        with pytest.raises(RowsMixed, match="the loss of one row depends on the others"):
+            trainer.train()
+        assert run.marked == 0
+
+
 def test_a_model_can_be_copied_by_callbacks_while_it_is_trained(accountant):
     class Copies(TrainerCallback):
         def on_train_begin(self, *_, model=None, **__):
