@@ -37,8 +37,9 @@ Not covered, because no code here can see it:
   module. How long a sweep takes (the times of ledger entries before and after it too), what it
   draws of power or memory, and what ``train`` prints, logs, saves or charges tell K to whoever
   sees it, and the price is then no bound. So does the moment at which a trial raises.
-* Independence. Whatever ``train`` or ``score`` keep from one call to the next (a model, a
-  learning rate that worked, Bayesian optimisation) voids the theorem.
+* Independence. Whatever ``train`` or ``score`` keep from one call to the next (a copy of a model,
+  a learning rate that worked, Bayesian optimization) voids the theorem. The same model again is
+  refused.
 * The score. It may use public rows, and what the trial released; private rows only with the noise
   that ``score_event`` is the price of. Choosing candidates by looking at private rows is outside.
 """
@@ -48,14 +49,16 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from itertools import count, repeat
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from accountant import Accountant, BudgetExceeded, Receipt, ReservationError
 from accountant.forks import process
@@ -68,7 +71,7 @@ from dp import (
     Repeated,
 )
 from finetune.distributed import ranks
-from finetune.errors import SkippedStep
+from finetune.errors import SkippedStep, UnsupportedModel
 from finetune.opacus import TrainingRun
 from finetune.plan import TrainingPlan
 from finetune.supervision import Told, next_number, tell
@@ -228,30 +231,72 @@ def sweep(
         raise
     tell(number, Told(budget, "ended", 1, 1))  # once: what is told must not depend on K
     best: Winner[Settings, Release] | None = None
+    this = object()
     try:
         for _ in repeat(None, _number(event)):  # no variable that a traceback would show
             _seed_afresh()
-            plan, settings = secrets.choice(candidates)
-            steps = _PaidSteps(plan.steps, receipt)
-            run = TrainingRun((plan,), (steps,), None, None)
-            try:
-                release = train(run, settings)
-                if steps.remaining:
-                    raise SkippedStep("the trial left steps of its plan undone; take all of them")
-            finally:
-                steps.end()
-                run.stop()
-            reached = float(score(release))
-            if math.isnan(reached):
-                reached = -math.inf
-            if best is None or reached > best.score:
-                best = Winner(plan, settings, reached, release)
+            run = _Trial(*secrets.choice(candidates), receipt, this)
+            best = _better(best, run.winner(train, score))
     except BaseException:
-        best = release = run = None  # type: ignore[assignment] # a traceback shows locals
+        best = None  # a traceback shows locals
         raise
     finally:
         _seed_afresh()
     return best
+
+
+_trained: MutableMapping[Tensor, object] = WeakIdKeyDictionary()
+"""Weights that were trained in a sweep, and in which."""
+
+
+class _Trial(TrainingRun):
+    """One run of a sweep."""
+
+    def __init__(self, plan: TrainingPlan, settings: Any, receipt: Receipt, of: object) -> None:
+        self._paid = _PaidSteps(plan.steps, receipt)
+        super().__init__((plan,), (self._paid,), None, None)
+        self._settings, self._sweep = settings, of
+
+    def make_private(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Refuse weights of another trial: they would depend on it, and go on being trained."""
+        weights = [each for each in model.parameters() if each.requires_grad]
+        if any(_trained.get(each) is self._sweep for each in weights):
+            raise UnsupportedModel(
+                "train trained this model in an earlier trial; let it make a new one every time"
+            )
+        made = super().make_private(model, *args, **kwargs)
+        _trained.update(dict.fromkeys(weights, self._sweep))
+        return made
+
+    def winner(
+        self, train: Callable[[Any, Any], Release], score: Callable[[Release], float]
+    ) -> Winner[Any, Release]:
+        """Run the trial; return it as if it had won."""
+        release: Release | None = None
+        try:
+            try:
+                release = train(self, self._settings)
+                if self.remaining:
+                    raise SkippedStep("the trial left steps of its plan undone; take all of them")
+            finally:
+                self.stop()
+            return Winner(self.plan, self._settings, _number_or_least(score(release)), release)
+        except BaseException:
+            release = None  # a sweep that ends by an error releases nothing
+            raise
+
+    def stop(self) -> None:
+        """End the trial, whatever is left of it."""
+        self._paid.end()
+        super().stop()
+
+
+def _better(best: Winner[Any, Release] | None, trial: Winner[Any, Release]) -> Winner[Any, Release]:
+    return trial if best is None or trial.score > best.score else best
+
+
+def _number_or_least(score: float) -> float:
+    return -math.inf if math.isnan(score) else float(score)
 
 
 class _PaidSteps:

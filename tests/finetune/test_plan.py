@@ -43,6 +43,13 @@ def test_more_than_all_units_at_once():
         TrainingPlan.for_units(10, expected_batch_size=11, noise_multiplier=1.0, steps=1)
 
 
+def test_a_probability_that_cannot_be_drawn_as_it_is_priced_is_refused():
+    TrainingPlan(1.0, 1e-9, steps=1, expected_batch_size=1)
+    for probability in (1e-18, 9.9e-10):
+        with pytest.raises(InvalidParameter, match=r"sampling_probability .* in \[1e-9, 1\]"):
+            TrainingPlan(1.0, probability, steps=1, expected_batch_size=1)
+
+
 def brute_force(filter, spent, event) -> int:
     """Return how many uses fit, one after another."""
     totals, price, fit = spent, filter.price(event), 0

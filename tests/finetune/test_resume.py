@@ -229,6 +229,55 @@ def test_a_file_that_is_no_checkpoint(accountant, tmp_path, content):
     assert accountant.statement("b").seq == 1
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("segments",), None),
+        (("segments", 0), {}),
+        (("segments", 0, "plan", "more"), 1),
+        (("segments", 0, "plan", "steps"), "six"),
+        (("segments", 0, "holds"), 7),
+        (("segments", 0, "holds", 0), ["b"]),
+        (("segments", 0, "holds", 0), [1, "b"]),
+        (("model",), [1]),
+        (("model",), {"weight": 1}),
+        (("optimizer",), None),
+        (("optimizer",), {"state": 1}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_odd_contents_is_refused_as_one(accountant, tmp_path, place, value):
+    path = tmp_path / "run.pt"
+    run_on(accountant, path, 1)
+    inner = content = torch.load(path, weights_only=True)
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    torch.save(content, path)
+    model = torch.nn.Linear(3, 2)
+    rows = TensorDataset(torch.randn(50, 3), torch.randint(0, 2, (50,)))
+    with (
+        pytest.raises(CheckpointInvalid, match=r"run\.pt: it is "),
+        training_run(accountant, "b", PLAN, unit="row", checkpoint=path) as run,
+    ):
+        run.make_private(model, torch.optim.Adam(model.parameters()), DataLoader(rows))
+
+
+def test_a_run_is_resumed_with_its_own_model_and_optimizer(accountant, tmp_path):
+    run_on(accountant, tmp_path / "run.pt", 2)
+    rows = TensorDataset(torch.randn(50, 3), torch.randint(0, 2, (50,)))
+    for model, kind in (
+        (torch.nn.Linear(3, 4), "Adam"),
+        (torch.nn.Linear(3, 2, bias=False), "SGD"),
+    ):
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+        with (
+            pytest.raises(CheckpointInvalid, match="another model or optimizer"),
+            training_run(accountant, "b", PLAN, unit="row", checkpoint=tmp_path / "run.pt") as run,
+        ):
+            run.make_private(model, optimizer, DataLoader(rows))
+
+
 def test_code_in_a_checkpoint_is_not_run(accountant, tmp_path):
     class Evil:
         def __reduce__(self):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 import random
+import re
 from collections import Counter
 
 import dp_accounting
@@ -35,7 +36,15 @@ from dp import (
 from dp.costs import cost
 from dp.events import canonical
 from dp.rows import _INNER_ORDERS
-from finetune import PlanChanged, SkippedStep, TrainingPlan, UnmarkedStep, supervision, sweeps
+from finetune import (
+    PlanChanged,
+    SkippedStep,
+    TrainingPlan,
+    UnmarkedStep,
+    UnsupportedModel,
+    supervision,
+    sweeps,
+)
 from finetune.sweeps import Winner, sweep, sweep_event
 
 ROWS = 40
@@ -356,21 +365,77 @@ def test_result_and_ledger_are_the_same_whatever_k_is(tmp_path, trials, caplog, 
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_traceback_has_no_variable_that_counts(accountant, trials):
-    def train(run, rate):
-        taking(run)
-        seen.append(1)
-        if len(seen) == 3:
+def shown(raised):
+    """Return the locals of the sweep's own frames, as text without addresses."""
+    frames = [each.frame for each in raised.traceback if each.path.name == "sweeps.py"]
+    return [
+        {name: re.sub("0x[0-9a-f]+", "", repr(value)) for name, value in frame.f_locals.items()}
+        for frame in frames
+    ]
+
+
+@pytest.mark.parametrize("fails", ["train", "score"])
+def test_a_traceback_shows_the_same_in_whichever_trial_it_was(
+    accountant, trials, fails, monkeypatch
+):
+    def act(at, failing, value):
+        seen.append(at)
+        if at == fails and seen.count(at) == failing:
             raise ZeroDivisionError
+        return value
+
+    def after(failing):
+        seen.clear()
+        with pytest.raises(ZeroDivisionError) as raised:
+            swept(
+                accountant,
+                lambda run, _: (taking(run), act("train", failing, len(seen)))[1],
+                lambda release: act("score", failing, release / 4),
+                candidates=[(PLAN, 0.1)],
+            )
+        return shown(raised)
 
     trials(123)
+    monkeypatch.setattr(sweeps, "next_number", lambda: 0)
+    receipt = accountant.charge("b", PureDP(0.01), unit="row", activity="x")
+    monkeypatch.setattr(accountant, "charge", lambda *_, **__: receipt)
     seen = []
-    with pytest.raises(ZeroDivisionError) as raised:
+    first, third = after(1), after(3)
+    assert len(first) == 2
+    assert first == third
+    assert not {"2", "3", "122", "123"} & {text for frame in third for text in frame.values()}
+
+
+def test_a_model_that_was_trained_in_an_earlier_trial_is_refused(accountant, trials):
+    def train(run, rate):
+        run.make_private(shared, torch.optim.SGD(shared.parameters(), lr=rate), DataLoader(Rows()))
+        return taking(run, lambda _: shared)
+
+    trials(2)
+    shared = torch.nn.Linear(5, 2)
+    before = shared.weight.detach().clone()
+    with pytest.raises(UnsupportedModel, match="let it make a new one every time"):
         swept(accountant, train)
-    (frame,) = (each.frame for each in raised.traceback if each.path.name == "sweeps.py")
-    assert not {2, 3, 122, 123} & {
-        value for value in frame.f_locals.values() if isinstance(value, int)
-    }
+    assert torch.equal(shared.weight, before)
+
+
+def test_another_sweep_may_go_on_with_the_winner_and_trials_may_share_frozen_layers(
+    accountant, trials
+):
+    def train(run, rate):
+        model = torch.nn.Sequential(frozen, torch.nn.Linear(2, 2))
+        made.append(model if start is None else start)
+        weights = [each for each in made[-1].parameters() if each.requires_grad]
+        run.make_private(made[-1], torch.optim.SGD(weights, lr=rate), DataLoader(Rows()))
+        return taking(run, lambda _: made[-1])
+
+    frozen = torch.nn.Linear(5, 2).requires_grad_(requires_grad=False)
+    made, start = [], None
+    trials(3)
+    winner = swept(accountant, train).release
+    trials(1)
+    start = winner
+    assert swept(accountant, train).release is winner
 
 
 def test_a_known_seed_does_not_number_the_trials(accountant, trials):

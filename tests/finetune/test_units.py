@@ -238,6 +238,12 @@ class Unknown:
     __hash__ = None
 
 
+@pytest.mark.parametrize("inner", [(NAN,), (1,), ()])
+def test_tuples_of_tuples_are_refused(inner):
+    with pytest.raises(UnitIdsInvalid, match="row 0: its unit id is a tuple of tuples; use a flat"):
+        UnitMap.of(range(2), [("a", inner), ("a", inner)])
+
+
 @pytest.mark.parametrize(
     "missing", [None, NAN, np.nan, torch.tensor(NAN), "", "  ", (), ("a", None), Unknown()]
 )
