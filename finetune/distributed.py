@@ -81,6 +81,8 @@ def together() -> Iterator[None]:
     try:
         yield
         _meet("the end of the run")
+    except GeneratorExit:  # the collector found a run that nobody left
+        raise
     except BaseException as error:
         if not _parted[-1]:
             with suppress(PeerFailed):  # this rank's own error goes on

@@ -320,3 +320,12 @@ def test_nothing_but_outputs_is_in_a_checkpoint(accountant, tmp_path):
     assert content["model"].keys() == {"weight", "bias"}
     assert content["optimizer"]["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_nobody_left_asks_nothing_of_the_ledger_when_it_is_collected(accountant):
+    """The collector may find it in the ledger's own thread, which would wait for itself."""
+    context = training_run(accountant, "b", PLAN, unit="row")
+    context.__enter__()
+    before = accountant.statement("b").seq
+    context.gen.close()
+    assert accountant.statement("b").seq == before
