@@ -491,11 +491,3 @@ def test_kill_9_during_training_keeps_the_whole_plan_spent(tmp_path):
 
 def test_the_price_is_that_of_the_poisson_sampled_gaussian():
     assert plan().event == PoissonSampled(0.1, Gaussian(1.0))
-
-
-def test_a_run_that_was_only_collected_is_forfeited(accountant):
-    """Its generator is closed in any thread, maybe the one that would have to void it."""
-    context = training_run(accountant, "b", plan(), unit="row")
-    context.__enter__()
-    context.gen.close()
-    assert spent(accountant) == 10
