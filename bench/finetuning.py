@@ -67,7 +67,7 @@ def train(
     model: nn.Module,
     plan: TrainingPlan,
     rows: TensorDataset,
-    loss: Callable[[Any, nn.Module, Any], Any],
+    loss: Callable[[nn.Module, Any], torch.Tensor],
     epsilon: float,
     mode: str,
 ) -> float:
@@ -83,11 +83,10 @@ def train(
                     accountant, "news", plan, unit="article", checkpoint=f"{name}/run.pt"
                 ) as run:
                     private, guarded, loader = run.make_private(
-                        model, optimizer, DataLoader(rows), mode=mode
+                        model, optimizer, DataLoader(rows), mode=mode, loss=loss
                     )
-                    criterion = nn.CrossEntropyLoss()
                     for batch in run.batches(loader, physical=PHYSICAL):
-                        loss(criterion, private, batch).backward()
+                        loss(private, batch).backward()
                         guarded.step()
                         guarded.zero_grad()
                         if not attempt and run.marked * 3 >= plan.steps:
@@ -108,7 +107,7 @@ def plain(model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: A
     while done < steps:
         for each in DataLoader(rows, batch_size=batch, shuffle=True):
             optimizer.zero_grad()
-            loss(nn.CrossEntropyLoss(), model, each).backward()
+            loss(model, each).backward()
             optimizer.step()
             done += 1
             if done == steps:
@@ -116,9 +115,9 @@ def plain(model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: A
     return (perf_counter() - started) / steps
 
 
-def topic_loss(criterion: Any, model: nn.Module, batch: Any) -> Any:
+def topic_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     ids, mask, labels = batch
-    return criterion(model(ids, mask), labels)
+    return functional.cross_entropy(model(ids, mask), labels)
 
 
 class Topics(nn.Module):
@@ -173,7 +172,7 @@ def topics() -> None:
     start = Topics().train()
     found = check_rows_apart(
         copy.deepcopy(start),
-        lambda model, batch: topic_loss(nn.CrossEntropyLoss(), model, batch),
+        topic_loss,
         public,
         leave_out=4,
     )
@@ -204,12 +203,11 @@ def topics() -> None:
             )
 
 
-def language_loss(criterion: Any, model: nn.Module, batch: Any) -> Any:
+def language_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     """Return the mean over rows of the mean over a row's tokens; all rows have the same number."""
     (ids,) = batch
     logits = model(input_ids=ids).logits[:, :-1]
-    flat = logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
-    return criterion(*flat)
+    return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
 
 
 def smollm(place: Path) -> tuple[nn.Module, Any]:
@@ -242,7 +240,7 @@ def language() -> None:
     def held_out_loss(model: nn.Module) -> float:
         model.eval()
         with torch.no_grad():
-            return float(language_loss(functional.cross_entropy, model, (tests.tensors[0],)))
+            return float(language_loss(model, (tests.tensors[0],)))
 
     print(f"SmolLM2-135M + LoRA: loss on held-out articles {held_out_loss(start):.4f} before")
     plan = TrainingPlan.for_units(
