@@ -18,7 +18,8 @@ What the guard holds Opacus to:
   without a mark of its own raises before it changes the weights.
 * Every batch gets its step: skipping one because of its loss would tell what was in it.
 * There is one gradient for each row of the batch, and a row whose gradient is not finite counts
-  as zero; otherwise clipping would not bound what a row can do.
+  as zero; otherwise clipping would not bound what a row can do. In steps 1, 2, 4, ... they are
+  added up and compared with the gradient of the batch.
 * Raw gradients never stay on the parameters, where another optimizer would find them.
 * The whole state of the generators of sampling and noise comes from the operating system. A
   seed would not do: PyTorch's generator on the CPU uses 32 bits of it, few enough to try.
@@ -26,8 +27,9 @@ What the guard holds Opacus to:
 Not covered:
 
 * The loss must be the mean over rows of a loss that depends on that row alone. A mean over
-  tokens (``ignore_index``), class weights normalised over the batch, in-batch negatives and batch
-  statistics let one row rescale the gradients of the others before they are clipped.
+  tokens (``ignore_index``), class weights normalised over the batch, a sum over rows, in-batch
+  negatives and batch statistics let one row rescale the gradients of the others before they are
+  clipped. Some of them are found with ``make_private(..., loss=...)``.
 * What a script does with private data besides its optimizer: printing the loss, evaluating on it,
   choosing a checkpoint by it, leaving the loop because of it.
 """
