@@ -50,8 +50,9 @@ from finetune.errors import (
 )
 from finetune.opacus import TrainingRun
 from finetune.optimizers import Turn
+from finetune.row_losses import IGNORED, row_losses
+from finetune.trainer_settings import check_settings, check_tables
 
-_IGNORED = -100
 _PRIVATE = ("loss", "train_loss", "grad_norm", "total_flos")
 
 
@@ -92,7 +93,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_settings(self)
+        check_settings(self)
         self._row_losses: Callable[..., Tensor] = (
             partial(self.compute_loss_func, num_items_in_batch=None)
             if self.compute_loss_func
@@ -127,9 +128,9 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 "its weights may be older than what was paid for since; resume through"
                 " training_run(..., checkpoint=path)",
             )
-        _check_settings(self)
-        _check_tables(self.model)
-        asked, total = self.args, _planned(self.run)
+        check_settings(self)
+        check_tables(self.model)
+        asked, total = self.args, self.run.steps
         self.args = copy.copy(asked)
         self.args.max_grad_norm = 0.0  # rows are clipped already, by the plan
         self.args.max_steps = min(asked.max_steps, total) if asked.max_steps > 0 else total
@@ -187,7 +188,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         if fresh and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             with warnings.catch_warnings():  # of steps of the schedule before one of the optimizer
                 warnings.simplefilter("ignore", UserWarning)
-                for _ in range(_planned(self.run) - self.run.remaining):
+                for _ in range(self.run.steps - self.run.remaining):
                     scheduler.step()
         return scheduler
 
@@ -269,7 +270,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         """Ignore tokens that would be predicted from padding, as where there is no padding."""
         shift = getattr(self._row_losses, "keywords", {}).get("shift", 0)
         behind = functional.pad(mask == 0, (shift, 0))[:, : labels.shape[1]]
-        return labels.masked_fill(behind & (mask != 0), _IGNORED)
+        return labels.masked_fill(behind & (mask != 0), IGNORED)
 
     def _hook_embeddings(self, undo: ExitStack) -> None:
         """Look positions and prompts up once for each row, where a model does so for the batch."""
@@ -310,11 +311,6 @@ def _prompt_of_each_row(model: Any, batch_size: int, *args: Any, **kwargs: Any) 
     return prompt[:batch_size] if isinstance(prompt, Tensor) else prompt
 
 
-def _planned(run: TrainingRun) -> int:
-    """Return the number of steps of a run, those of an earlier process included."""
-    return run.steps
-
-
 class _Steps:
     """The loader that the Trainer sees: the first part of the sample of each step."""
 
@@ -343,210 +339,13 @@ class _Between(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._trainer._hook_embeddings(self._trainer._undo)  # noqa: SLF001 - Opacus copied its layers before
         run = self._trainer.run
-        state.global_step = self._trainer._initial_global_step = _planned(run) - run.remaining  # noqa: SLF001
+        state.global_step = self._trainer._initial_global_step = run.steps - run.remaining  # noqa: SLF001
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._trainer._optimizer.zero_grad()  # noqa: SLF001
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._trainer._save_run()  # noqa: SLF001
-
-
-def row_losses(model: nn.Module, label_smoothing: float = 0.0) -> Callable[[Any, Any], Tensor]:
-    """Return the loss of a task, as a function of outputs and labels to losses (rows,).
-
-    Args:
-        model: A causal or masked language model, or one for classification of sequences, tokens,
-            images or audio; within PEFT's or not.
-        label_smoothing: Weight of the uniform distribution over classes, in [0, 1).
-
-    Raises:
-        UnsupportedModel: If the task is another one.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    names, config = [each.__name__ for each in type(base).__mro__], getattr(base, "config", None)
-
-    def is_of(*tasks: str) -> bool:
-        return any(name.endswith(tasks) for name in names)
-
-    if not getattr(config, "is_encoder_decoder", False):
-        if is_of("ForCausalLM", "GPT2LMHeadModel", "BertLMHeadModel"):
-            return partial(_token_losses, shift=1, label_smoothing=label_smoothing)
-        if is_of("ForMaskedLM", "ForTokenClassification"):
-            return partial(_token_losses, shift=0, label_smoothing=label_smoothing)
-        if is_of(*(f"For{each}Classification" for each in ("Sequence", "Image", "Audio"))):
-            return partial(_sequence_losses, config=config, label_smoothing=label_smoothing)
-    raise UnsupportedModel(
-        f"no loss by row is known for {names[0]}; pass compute_loss_func=..., of outputs, labels"
-        " and num_items_in_batch, which returns one loss for each row"
-    )
-
-
-def _token_losses(outputs: Any, labels: Any, *, shift: int, label_smoothing: float) -> Tensor:
-    """Return the mean loss of each row over its own tokens that are not ignored: (rows,)."""
-    logits, labels = outputs["logits"], _labels(labels)
-    prompt = max(0, logits.shape[1] - labels.shape[1])  # virtual tokens of PEFT's, in front
-    labels = functional.pad(labels, (prompt, 0), value=_IGNORED)[:, shift:]
-    logits = logits[:, : logits.shape[1] - shift]
-    losses = functional.cross_entropy(
-        logits.transpose(1, 2).float(),
-        labels,
-        ignore_index=_IGNORED,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
-    mean: Tensor = losses.sum(1) / (labels != _IGNORED).sum(1).clamp(min=1)
-    return mean
-
-
-def _sequence_losses(outputs: Any, labels: Any, *, config: Any, label_smoothing: float) -> Tensor:
-    """Return the loss of each row's class, classes or numbers: (rows,)."""
-    logits, labels = outputs["logits"].float(), _labels(labels)
-    task = config.problem_type
-    if task is None and config.num_labels > 1:
-        whole = not labels.is_floating_point()
-        task = "single_label_classification" if whole else "multi_label_classification"
-    if task == "single_label_classification":
-        return functional.cross_entropy(
-            logits, labels.reshape(-1), reduction="none", label_smoothing=label_smoothing
-        )
-    labels = labels.reshape(logits.shape).float()
-    if task == "multi_label_classification":
-        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    else:
-        losses = functional.mse_loss(logits, labels, reduction="none")
-    return losses.mean(1)
-
-
-def _labels(labels: Any) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise UnsupportedModel(
-            "the batch has no tensor of labels; let data_collator return one, or pass"
-            " compute_loss_func=... that does without"
-        )
-    return labels
-
-
-_PARALLEL = "run on one device, in one process (CUDA_VISIBLE_DEVICES=0 python train.py)"
-_PRECISION = "it scales or rounds gradients; use float32 (frozen weights may be bfloat16)"
-_LAYERS = "it hides the gradients of single rows; turn it off"
-_ALLOWED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    (
-        "gradient_accumulation_steps",
-        (1,),
-        "set 1; the plan fixes the sample, which comes in parts of per_device_train_batch_size",
-    ),
-    ("fp16", (False,), _PRECISION),
-    ("bf16", (False,), _PRECISION),
-    ("n_gpu", (0, 1), _PARALLEL),
-    ("world_size", (1,), _PARALLEL),
-    ("fsdp", (None, False, "", []), _PARALLEL),
-    ("deepspeed", (None, ""), _PARALLEL),
-    ("parallelism_config", (None,), _PARALLEL),
-    ("gradient_checkpointing", (None, False), _LAYERS),
-    ("activation_checkpointing", (None, False), _LAYERS),
-    ("torch_compile", (False,), _LAYERS),
-    ("use_liger_kernel", (False,), _LAYERS),
-    ("neftune_noise_alpha", (None,), "its noise depends on the longest row of a batch; set None"),
-    (
-        "auto_find_batch_size",
-        (False,),
-        "it starts over after a batch that was paid for; set per_device_train_batch_size",
-    ),
-    (
-        "include_num_input_tokens_seen",
-        ("no", False),
-        "the number of tokens in the private samples is private; set 'no'",
-    ),
-    (
-        "train_sampling_strategy",
-        ("random", "sequential"),
-        "samples are drawn by Poisson sampling; set 'random'",
-    ),
-    ("group_by_length", (False,), "samples are drawn by Poisson sampling; set False"),
-    (
-        "skip_memory_metrics",
-        (True,),
-        "how much memory the private samples take is private; set True",
-    ),
-    (
-        "resume_from_checkpoint",
-        (None, False),
-        "resume through training_run(..., checkpoint=path)",
-    ),
-)
-
-# What `accelerate launch` and its configuration set, whatever the arguments say.
-_LAUNCHED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("mixed_precision", ("no",), f"{_PRECISION}: accelerate launch --mixed_precision no"),
-    ("distributed_type", ("NO",), _PARALLEL),
-    ("gradient_accumulation_steps", (1,), "set 1 in accelerate's configuration"),
-)
-
-
-def _check_settings(trainer: GuardedTrainer) -> None:
-    args = trainer.args
-    for owner, settings in ((args, _ALLOWED), (trainer.accelerator, _LAUNCHED)):
-        for name, allowed, advice in settings:
-            value = getattr(owner, name, allowed[0])
-            if value not in allowed:
-                raise UnsupportedSetting(name, value, advice)
-    if "lomo" in args.optim or "layerwise" in args.optim:
-        raise UnsupportedSetting(
-            "optim", str(args.optim), "it updates in the backward pass, before any noise"
-        )
-    if trainer.model_init is not None:
-        raise UnsupportedSetting(
-            "model_init", trainer.model_init, "pass model=...; each trial needs a run of its own"
-        )
-    if trainer.is_model_parallel:
-        raise UnsupportedSetting("device_map", trainer.model.hf_device_map, _PARALLEL)
-    evaluated = trainer.eval_dataset
-    every = evaluated.values() if isinstance(evaluated, Mapping) else (evaluated,)
-    if trainer.train_dataset is not None and any(each is trainer.train_dataset for each in every):
-        raise UnsupportedSetting(
-            "eval_dataset",
-            "train_dataset",
-            "losses of the private rows would be printed, and choose what is kept, without noise;"
-            " evaluate on public rows",
-        )
-    _check_adapters(trainer.model)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
-            raise UnsupportedModel(
-                f"{name} is trained in {parameter.dtype}, too coarse for the noise; load the model"
-                " with dtype=torch.float32, or train adapters of that type"
-            )
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(each.requires_grad for each in module.parameters(recurse=False))
-
-
-def _check_adapters(model: nn.Module) -> None:
-    """Raise for weights that an adapter uses elsewhere than in a layer of their own."""
-    for name, module in model.named_modules():
-        bare = isinstance(module, nn.ParameterDict | nn.ParameterList)
-        if _trained(module) and (bare or type(module).__module__.startswith("peft.")):
-            raise UnsupportedModel(
-                f"{name} trains weights that are not those of a layer (as IA3, VeRA, DoRA and LoRA"
-                " on embeddings do), so no gradients of single rows are seen; use LoRA on linear"
-                " layers: LoraConfig(target_modules=[...]) of names of nn.Linear"
-            )
-
-
-def _check_tables(model: nn.Module) -> None:
-    """Raise for trainable tables that are looked up for a batch, or not as Opacus expects."""
-    for name, module in model.named_modules():
-        leaf, kind = name.rpartition(".")[2], type(module)
-        relative = leaf.startswith(("rel_", "distance_")) or "relative_" in leaf
-        positional = kind.forward is not nn.Embedding.forward and "Position" in kind.__name__
-        if isinstance(module, nn.Embedding) and _trained(module) and (relative or positional):
-            raise UnsupportedModel(
-                f"{name} is a {kind.__name__} that is not looked up once for each row, so gradients"
-                " of single rows are not seen; freeze it:"
-                f" model.get_submodule({name!r}).requires_grad_(False), or train LoRA"
-            )
 
 
 def _only_distances_matter(model: Any) -> bool:
