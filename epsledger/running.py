@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -55,8 +56,8 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
         raise click.exceptions.Exit(REFUSED)
     if not any(each.marked or each.outcome == "lost" for each in runs):
         click.echo(
-            f"{command[0]}: this run was not guarded: no step of a training_run was paid for in it,"
-            " and nothing is known of its privacy",
+            f"{shlex.join(command)}: this run was not guarded: no step of a training_run was paid"
+            " for in it, and nothing is known of its privacy",
             err=True,
         )
         raise click.exceptions.Exit(UNGUARDED)
@@ -65,7 +66,7 @@ def run(name: str | None, ledger: str, command: tuple[str, ...]) -> None:
 
 def _wait(command: Sequence[str], environment: dict[str, str], locks: Sequence[int]) -> int:
     """Return the exit status of a command, which gets the signals that this process gets."""
-    before: dict[int, object] = {}
+    before: dict[signal.Signals, object] = {}
     # A terminal sends its interrupts to the script as well; the others are for this process alone.
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 
 from finetune.errors import NotPoissonSampled
 
@@ -75,6 +75,18 @@ class Sealed(Sampler[list[int]]):
         )
 
 
+def reads(dataset: Any, rows: Any) -> bool:
+    """Say whether a dataset is these rows, or a subset of them.
+
+    >>> rows = [1, 2, 3]
+    >>> reads(Subset(rows, [0]), rows), reads([1, 2, 3], rows)
+    (True, False)
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset is rows
+
+
 class Counted:
     """Collate rows to (number of rows, batch).
 
@@ -102,7 +114,7 @@ def stand_in(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         if batch.is_floating_point() or batch.is_complex():
             return torch.zeros_like(batch)
-        return batch.clone() if batch.dtype is torch.bool else batch.clamp(0, 1)
+        return torch.ones_like(batch) if batch.dtype is torch.bool else batch.clamp(0, 1)
     if isinstance(batch, Mapping):
         members = {name: stand_in(part) for name, part in batch.items()}
         return members if type(batch) is dict else type(batch)(members)  # type: ignore[call-arg]
@@ -121,7 +133,9 @@ def made_up(collate: Callable[[list[Any]], Any], example: Any, rows: int) -> tup
     """Return a batch of made-up rows of the form of an example, and the same without the last row.
 
     Numbers are at random in [0, 1], whole ones 0 or 1; what is never anything else, as a mask, is
-    the same in every row, and negative labels, which are ignored, stay.
+    the same in every row, and negative labels, which are ignored, stay. Of a batch of tokens the
+    last row, which the second batch lacks, is half as long: where the mean is over all tokens, the
+    other rows tell.
 
     Args:
         collate: Makes a batch of rows.
@@ -138,7 +152,7 @@ def made_up(collate: Callable[[list[Any]], Any], example: Any, rows: int) -> tup
         if isinstance(whole, torch.Tensor):
             whole = _at_random(whole, generator)
             apart = whole.shape[:1] == (rows,) and part.shape[:1] == (rows - 1,)
-            return whole, whole[:-1] if apart else whole
+            return whole, whole[:-1].clone() if apart else whole
         if isinstance(whole, Mapping):
             named = {name: both(whole[name], part[name]) for name in whole}
             made = [{name: pair[at] for name, pair in named.items()} for at in (0, 1)]
@@ -150,7 +164,14 @@ def made_up(collate: Callable[[list[Any]], Any], example: Any, rows: int) -> tup
             return tuple(type(whole)(*each) if fields else type(whole)(each) for each in parts)  # type: ignore[return-value]
         return stand_in(whole), stand_in(part)
 
-    return both(collate([example] * rows), collate([example] * (rows - 1)))
+    whole, part = both(collate([example] * rows), collate([example] * (rows - 1)))
+    if isinstance(whole, Mapping) and isinstance(whole.get("input_ids"), torch.Tensor):
+        tokens = whole["input_ids"]
+        for name, ended in (("labels", -100), ("attention_mask", 0)):
+            column = whole.get(name)
+            if isinstance(column, torch.Tensor) and column.shape == tokens.shape:
+                column[-1:, column.shape[1] // 2 :] = ended
+    return whole, part
 
 
 def _at_random(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -158,5 +179,7 @@ def _at_random(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor
         return torch.rand(tensor.shape, generator=generator).to(tensor)
     if tensor.dim() > 1 and ((tensor == 0) | (tensor == 1)).all():
         return torch.full_like(tensor, bool(tensor.any()))
-    drawn = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor)
-    return torch.where(tensor < 0, tensor, drawn)
+    drawn = torch.randint(0, 2, tensor.shape, generator=generator)
+    if tensor.dim() == 1:  # a class for each row, each class in both batches
+        drawn = torch.arange(len(tensor)) % 2
+    return torch.where(tensor < 0, tensor, drawn.to(tensor))

@@ -84,7 +84,10 @@ class Checkpoint:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's unpickler raises anything on foreign bytes
-            raise CheckpointInvalid(path, f"it cannot be read: {error}") from error
+            raise CheckpointInvalid(
+                path,
+                f"it cannot be read ({type(error).__name__}); restore it, or name another file",
+            ) from error
         if not isinstance(content, dict) or not set(_FIELDS) <= content.keys():
             raise CheckpointInvalid(path, "it is not a checkpoint of a guarded run")
         if content["format"] != _FORMAT:

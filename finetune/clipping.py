@@ -25,6 +25,11 @@ from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.errors import UnmarkedStep, UnsupportedModel
+
+_CHUNK = 2**16
+"""How many weights are taken to double precision at once."""
+
 _ROUNDING = 1e-6
 """Relative to the sum of the norms of a gradient's terms; the sum in single precision is nearer."""
 
@@ -129,8 +134,15 @@ Rows = Tensor | Outer | Lookups
 
 
 def norms(rows: Rows) -> Tensor:
-    """Return the norm of each row's gradient, in double precision: (rows,)."""
-    return rows.flatten(1).norm(dim=1).double() if isinstance(rows, Tensor) else rows.norms()
+    """Return the norm of each row's gradient, in double precision: (rows,).
+
+    In single precision it would come out too small for a million weights and more.
+    """
+    if not isinstance(rows, Tensor):
+        return rows.norms()
+    parts = torch.split(rows.reshape(len(rows), -1), _CHUNK, dim=1)
+    norm: Tensor = torch.stack([part.double().norm(dim=1) for part in parts]).norm(dim=0)
+    return norm
 
 
 def weighted(rows: Rows, weights: Tensor) -> Tensor:
@@ -141,9 +153,9 @@ def weighted(rows: Rows, weights: Tensor) -> Tensor:
 
 
 def without(rows: Rows, left_out: Tensor) -> Rows:
-    """Return the same with zeros for the rows of a mask."""
+    """Return them with zeros for the rows of a mask; a tensor is changed in place."""
     if isinstance(rows, Tensor):
-        return rows.masked_fill(left_out.reshape(-1, *[1] * (rows.dim() - 1)), 0)
+        return rows.masked_fill_(left_out.reshape(-1, *[1] * (rows.dim() - 1)), 0)
     return rows.without(left_out)
 
 
@@ -221,6 +233,12 @@ class HooksModule(GradSampleModule):  # type: ignore[misc]
         """Keep the gradients of single rows, or what they are made of."""
         if not self.hooks_enabled:
             return
+        name = type(module).__name__
+        if not getattr(module, "activations", None):
+            raise UnmarkedStep(
+                f"{name} got several backward passes for one forward pass (retain_graph,"
+                " create_graph); take one of each for a batch"
+            )
         activations, backprops = self.rearrange_grad_samples(
             module=module,
             backprops=forward_output[0].detach(),
@@ -228,7 +246,16 @@ class HooksModule(GradSampleModule):  # type: ignore[misc]
             batch_first=batch_first,
         )
         sampler = self.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
-        for parameter, rows in sampler(module, activations, backprops).items():
+        try:
+            sampled = sampler(module, activations, backprops)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"gradients of single rows of {name} cannot be computed; freeze it, or train"
+                f" adapters ({type(error).__name__}: {error})"
+            ) from error
+        for parameter, rows in sampled.items():
             if not parameter.requires_grad:
                 continue
             now, before = rows, getattr(parameter, "_current_grad_sample", None)

@@ -253,6 +253,18 @@ def same_weights(tensors: Iterable[torch.Tensor]) -> None:
             distributed.broadcast(tensor, 0)
 
 
+def same_names(trained: Sequence[str]) -> None:
+    """Raise, on every rank, unless all ranks train the same weights in the same order.
+
+    Raises:
+        UnsupportedModel: If they do not.
+    """
+    first, *others = _meet("the weights that are trained", list(trained))
+    for other, theirs in enumerate(others, 1):
+        if theirs != first:
+            raise UnsupportedModel(f"the optimizer of rank {other} has other weights than rank 0's")
+
+
 def _digest(rows: Any) -> str:
     """Return a digest of some rows, or nothing if a row has no bytes that can be compared."""
     last, found = len(rows) - 1, hashlib.sha256()

@@ -42,8 +42,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
+from finetune.batches import reads
 from finetune.errors import SkippedStep, UnsupportedSetting
 from finetune.opacus import TrainingRun
 
@@ -145,6 +147,7 @@ class _Guard(Callback):
         self._run, self._mode = run, mode
         self._trainer: Any = None
         self._optimizer: Any = None
+        self._rows: Any = None
         self._warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,6 +161,7 @@ class _Guard(Callback):
                 type(loader).__name__,
                 "pass one DataLoader over all rows (samples are drawn from one data set)",
             )
+        self._trainer, self._rows = trainer, loader.dataset
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         _, self._optimizer, self.steps.loader = self._run.make_private(
             pl_module,
@@ -166,19 +170,45 @@ class _Guard(Callback):
             mode=self._mode,
             loss=partial(self._tried, trainer.strategy, pl_module),
         )
-        self._trainer, trainer.optimizers = trainer, [self._optimizer]
+        trainer.optimizers = [self._optimizer]
         self._catch_up(trainer.lr_scheduler_configs, rates)
 
     def _tried(self, strategy: Any, module: Any, _: object, batch: Any) -> torch.Tensor:
         """Return the loss of a batch before training, when nothing can be logged."""
         with ExitStack() as undo:
-            for name in ("log", "log_dict"):
-                _replace(undo, module, name, lambda *_, **__: None)
+            check = self._check_monitors
+            _replace(undo, module, "log", check)
+            _replace(
+                undo, module, "log_dict", lambda named, **_: [*map(self._check_monitors, named)]
+            )
             batch = strategy.precision_plugin.convert_input(batch)
             batch = strategy.batch_to_device(module._on_before_batch_transfer(batch))  # noqa: SLF001
             numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
             loss: torch.Tensor = _with_loss(module.training_step(batch, *[0] * numbered))["loss"]
         return loss
+
+    def _check_monitors(self, name: str, *_: object, **__: object) -> None:
+        """Raise if a callback waits for what training_step logs."""
+        for callback in self._trainer.callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if monitor in (name, f"{name}_step", f"{name}_epoch"):
+                raise UnsupportedSetting(
+                    f"{type(callback).__name__}(monitor=...)",
+                    monitor,
+                    "training_step computes it from private rows; monitor what validation_step"
+                    " logs of public ones",
+                )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Raise if the rows to validate on are those to train on."""
+        loaders, _ = tree_flatten(trainer.val_dataloaders)
+        if any(reads(getattr(each, "dataset", None), self._rows) for each in loaders):
+            raise UnsupportedSetting(
+                "val_dataloaders",
+                "the rows to train on",
+                "metrics of the private rows would be printed, and choose what is kept, without"
+                " noise; validate on public rows",
+            )
 
     def _catch_up(self, schedules: list[Any], rates: list[Any]) -> None:
         """Bring fresh schedules of the learning rate to where a resumed run left them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from opacus.validators import ModuleValidator
 from torch import float32, float64, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from finetune.errors import UnsupportedModel
 
@@ -26,12 +27,22 @@ def check_model(model: nn.Module) -> None:
             "pass the model itself: the guarded optimizer adds up the clipped sums of the ranks,"
             " and DistributedDataParallel would average raw gradients before"
         )
+    if not any(each.requires_grad for each in model.parameters()):
+        raise UnsupportedModel("the model has no weights to train: all of them are frozen")
     for name, module in model.named_modules():
         own = [each for each in module.parameters(recurse=False) if each.requires_grad]
         if any(each.dtype not in (float32, float64) for each in own):
             raise UnsupportedModel(
                 f"{name or 'the model'} has trainable weights of {own[0].dtype}, too coarse for"
                 " clipping and noise; keep them in float32 (frozen ones may be smaller)"
+            )
+        if any(map(is_lazy, own)):
+            raise UnsupportedModel(f"{name} has no weights yet; show the model a batch first")
+        mixed = isinstance(module, nn.EmbeddingBag | nn.Bilinear)
+        if own and (mixed or getattr(module, "sparse", False) is True):
+            raise UnsupportedModel(
+                f"{name or 'the model'} is a {type(module).__name__}, of which no gradients of"
+                " single rows are known; freeze it, or take Embedding(sparse=False) or Linear"
             )
         if own and not module.training:
             raise UnsupportedModel(

@@ -36,6 +36,8 @@ Not covered:
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -44,7 +46,13 @@ from typing import Any, Literal
 
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import (
+    Tensor,
+    get_float32_matmul_precision,
+    is_autocast_enabled,
+    is_grad_enabled,
+    nn,
+)
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import (
     DataLoader,
@@ -55,7 +63,14 @@ from torch.utils.data import (
     Subset,
 )
 
-from accountant import Accountant, AccountantError, BudgetExceeded, Reservation, UnitMismatch
+from accountant import (
+    Accountant,
+    AccountantError,
+    BudgetExceeded,
+    Reservation,
+    ReservationError,
+    UnitMismatch,
+)
 from dp import InvalidParameter, validate
 from finetune import distributed
 from finetune.batches import Counted, PoissonSampler, Sealed, made_up
@@ -64,6 +79,7 @@ from finetune.clipping import GhostModule, HooksModule
 from finetune.distributed import Steps
 from finetune.errors import (
     CheckpointInvalid,
+    DeclaredExceeded,
     NotPoissonSampled,
     SkippedStep,
     UnitsMixed,
@@ -74,11 +90,12 @@ from finetune.errors import (
 from finetune.models import check_model, mixes_rows
 from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
-from finetune.selftest import check_made_up
+from finetune.selftest import check_made_up, same_draws_after
 from finetune.supervision import Told, next_number, tell
 
+_LOG = logging.getLogger(__name__)
 _MODES = {"hooks": HooksModule, "ghost": GhostModule}
-_MADE_UP = 5
+_MADE_UP = 4
 """Rows of the batch that a loss is tried on."""
 
 
@@ -110,8 +127,9 @@ def training_run(
 
     Raises:
         BudgetExceeded: If the plan does not fit; ``remaining`` is the number of steps that would.
-        AccountantError: As for ``Accountant.reserve`` or, for a run that ended, ``adopt``.
-        CheckpointInvalid: If the file is no checkpoint, or of another ledger or budget.
+        AccountantError: As for ``Accountant.reserve`` or ``Accountant.adopt``.
+        CheckpointInvalid: If the file is no checkpoint, or of a run that ended, or of another
+            ledger or budget.
         PlanChanged: If the run in the file was priced for another plan.
     """
     run = _run_on_this_rank(accountant, budget, plan, unit, activity, checkpoint)
@@ -131,6 +149,7 @@ def _run_on_this_rank(
     plans = (plan,) if isinstance(plan, TrainingPlan) else tuple(plan)
     path = None if checkpoint is None else Path(checkpoint)
     saved = Checkpoint.read(path) if path is not None and path.exists() else None
+    file = path or Path()
 
     def claimed() -> Sequence[Reservation]:
         if saved is None:
@@ -143,9 +162,18 @@ def _run_on_this_rank(
         named = {name for _, holds in saved.segments for name, _ in holds}
         if saved.ledger != accountant.ledger or named != {budget}:
             raise CheckpointInvalid(
-                path or Path(), f"it is of {sorted(named)} in ledger {saved.ledger}"
+                file,
+                f"it is of budget {', '.join(sorted(named))} in ledger {saved.ledger}, and not of"
+                f" {budget} in {accountant.ledger}; open that one, or name another file",
             )
-        return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
+        try:
+            return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
+        except ReservationError as error:
+            raise CheckpointInvalid(
+                file,
+                f"its run cannot go on ({error}); if it has ended, its weights as last saved are"
+                " torch.load(path, weights_only=True)['model']; name another file for a new run",
+            ) from error
 
     distributed.same_plans(plans)
     number = next_number()
@@ -162,14 +190,21 @@ def _run_on_this_rank(
                 stack.enter_context(reservation)
             holds = (reservation.holds for reservation in reservations)
             saved = saved or Checkpoint(accountant.ledger, tuple(zip(plans, holds, strict=True)))
-        run = TrainingRun(plans, reservations, path, saved)
+        units = None if distributed.rank() else accountant.budget(budget).units
+        run = TrainingRun(plans, reservations, path, saved, units)
         stack.callback(run.stop)
         try:
             yield run
+            run.warn_if_unused()
         except GeneratorExit:
             raise  # nobody left the block: it was collected, maybe in the thread that would void it
-        except BaseException:
+        except BaseException as error:
             tell(number, Told(budget, "left", run.marked, uses))
+            if run.marked and path is None:
+                error.add_note(
+                    f"All {uses} steps of the plan stay spent. With training_run(...,"
+                    " checkpoint=path) the steps that are left could be taken by the next start."
+                )
             if not run.marked and path is None and not distributed.rank():
                 with suppress(AccountantError):  # nothing was drawn, and nobody can resume it
                     for reservation in reservations:
@@ -215,9 +250,10 @@ class TrainingRun:
         steps: Sequence[Steps],
         path: Path | None,
         saved: Checkpoint | None,
+        units: int | None = None,
     ) -> None:
         self._segments = tuple(zip(plans, steps, strict=True))
-        self._path, self._saved = path, saved
+        self._path, self._saved, self._units = path, saved, units
         self.turn = Turn()
         self._loader: DataLoader[Any] | None = None
         self._fresh: Callable[[TrainingPlan, int | None], Any] = lambda *_: None
@@ -291,6 +327,7 @@ class TrainingRun:
             TypeError: If the optimizer is Opacus's already, or empty batches cannot be made.
             UnsupportedSetting: If it evaluates the loss several times a step.
             UnsupportedModel: If the model cannot be trained in this mode, or not at all.
+            DeclaredExceeded: If there are more rows than the budget declares units.
             RowsMixed: If ``loss`` is one in which rows change each other's gradients.
             CheckpointInvalid: If the run's checkpoint cannot be written, or is of another model.
         """
@@ -316,8 +353,21 @@ class TrainingRun:
         if self._optimizer is not None:
             raise TypeError("this run has its model; start another run for another one")
         check_model(model)
+        trained = [each for group in optimizer.param_groups for each in group["params"]]
+        if not {*map(id, trained)} <= {*map(id, model.parameters())}:
+            raise UnsupportedModel(
+                "the optimizer has weights that are not the model's; make it of model.parameters()"
+            )
+        if self._units is not None and len(loader.dataset) > self._units:  # type: ignore[arg-type]
+            raise DeclaredExceeded(
+                "units of the budget",
+                self._units,
+                "a row is one unit here: join or sample the rows of a unit (OneRowPerUnit)",
+            )
         distributed.same_rows(loader.dataset)
-        example, rows = loader.dataset[0], loader.dataset
+        with same_draws_after():
+            example, rows = loader.dataset[0], loader.dataset
+            tried = loss and made_up(loader.collate_fn, example, _MADE_UP)
         if distributed.ranks() > 1:
             share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
             rows = Subset(rows, share)
@@ -333,12 +383,19 @@ class TrainingRun:
         elif self._saved is not None and self._path is not None and not distributed.rank():
             self._saved.write(self._path)  # so that a crash before the first save is not the end
         distributed.same_weights(model.state_dict().values())
-        if loss is not None:
-            self._try(model, loss, made_up(loader.collate_fn, example, _MADE_UP))
+        names = {id(each): name for name, each in model.named_parameters()}
+        distributed.same_names([names[id(each)] for each in trained])
+        if loss and tried:
+            self._try(model, loss, tried)
+        # Of the first layer, whose input needs no gradient: Opacus's hooks are right all the same.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are")
+        for module in model.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False  # type: ignore[assignment]  # it would overwrite what is kept
         try:
             self._model = _MODES[mode](model, loss_reduction="mean")
-        except NotImplementedError as error:
-            raise UnsupportedModel(f"Opacus cannot take it: {error}") from error
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedModel(f"Opacus cannot take the model: {error}") from error
         self._optimizer = Guarded(optimizer, plan=self.plan, turn=self.turn, module=self._model)
 
         def drop(parameter: Tensor) -> None:
@@ -380,6 +437,11 @@ class TrainingRun:
         optimizer, most = self._parts(loader, physical)
         if self._ended:
             raise UnmarkedStep("the run has ended; take its batches within the with block")
+        if self._round is not None and not self.remaining:
+            _LOG.warning(
+                "no step of the plan is left for another loop over run.batches: its steps are those"
+                " of all epochs (TrainingPlan.for_units(..., epochs=...))"
+            )
         self._round = now = object()
         rows: Iterator[Any] = iter(())
         sampler, plan = PoissonSampler(0, 0.0, 0), None
@@ -427,6 +489,15 @@ class TrainingRun:
             state = self._optimizer.state_dict()
             replace(self._saved, model=model, optimizer=state).write(self._path)
 
+    def warn_if_unused(self) -> None:
+        """Log a warning if nothing was guarded by this run, and what its block trained was not."""
+        if self._optimizer is None and not self.marked:
+            _LOG.warning(
+                "no model was made private in this run, so what was trained in its block was not"
+                " guarded; use run.make_private and run.batches, transformers.guarded(Trainer, run)"
+                " or lightning.fit"
+            )
+
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and every hook."""
         self.turn.paid = self.turn.noised = False
@@ -470,7 +541,7 @@ class TrainingRun:
         """Raise if a layer of batch statistics was put back into training."""
         if module.training and self.turn.paid:
             raise UnsupportedModel(
-                f"a {type(module).__name__} is in training mode, in which batch statistics mix rows"
+                f"{type(module).__name__} is in training mode, in which batch statistics mix rows"
                 " and are kept without noise; put it in eval() after each model.train()"
             )
 
@@ -478,19 +549,26 @@ class TrainingRun:
         """Raise if a layer that is trained sees anything else than the rows of the batch."""
         if not (is_grad_enabled() and self.turn.paid):
             return
-        name, rows = type(module).__name__, max(1, self.turn.rows)
+        name, rows = f"{type(module).__name__}, which is trained,", max(1, self.turn.rows)
         if not module.training:
             raise UnsupportedModel(
-                f"a {name} that is trained was put in evaluation mode, in which no gradients of"
-                " single rows are seen; call model.train() before the next batch, and take"
-                " torch.no_grad() for a look at the loss"
+                f"{name} was put in evaluation mode, in which no gradients of single rows are seen;"
+                " call model.train() before the next batch, and take torch.no_grad() for a look at"
+                " the loss"
             )
         if not inputs or not all(isinstance(each, Tensor) for each in inputs):
             raise UnsupportedModel(
-                f"a {name} that is trained is called without tensors, or with them by keyword, and"
-                " Opacus cannot see those; pass them by position, freeze it, or train adapters"
-                f" (by position {[type(each).__name__ for each in inputs]}, by keyword"
-                f" {sorted(others)})"
+                f"{name} is called without tensors, or with them by keyword, and Opacus cannot see"
+                " those; pass them by position, freeze it, or train adapters (by position"
+                f" {[type(each).__name__ for each in inputs]}, by keyword {sorted(others)})"
+            )
+        precision = get_float32_matmul_precision()
+        if precision != "highest":
+            raise UnsupportedSetting(
+                "float32_matmul_precision",
+                precision,
+                "sums of clipped rows would be rounded by more than is allowed for; call"
+                " torch.set_float32_matmul_precision('highest')",
             )
         for each in inputs:
             if is_autocast_enabled(each.device.type):
@@ -499,9 +577,10 @@ class TrainingRun:
                 )
             if each.shape[:1] != (rows,):
                 raise UnitsMixed(
-                    f"a {name} that is trained got an input of shape"
-                    f" {tuple(each.shape)} in a batch of {rows} rows: gradients of single rows can"
-                    " only be told apart where rows are the first dimension of every input"
+                    f"{name} got an input of shape {tuple(each.shape)} in a batch of {rows} rows:"
+                    " gradients of single rows can only be told apart where rows are the first"
+                    " dimension of every input (pass position_ids of shape (rows, tokens) to models"
+                    " with a table of positions)"
                 )
 
 

@@ -75,7 +75,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.plan, self.turn = plan, turn
         self._module = module
         self._parameters = dict(module.named_parameters())
-        self._buffers = dict(module.named_buffers())
+        self._buffers: list[torch.Tensor] = []
         self._means: dict[torch.Tensor, torch.Tensor | None] = {}
         self._taken = 1
         self._known: tuple[object, ...] = ()
@@ -106,6 +106,8 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
                 return False
             self.add_noise()
             self.scale_grad()
+            for parameter in self.params:
+                parameter.grad_sample = parameter.summed_grad = None
             distributed.add_up(parameter.grad for parameter in self.params)
         except BaseException:
             self.drop()
@@ -144,6 +146,17 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             "step_hook", getattr(fn, "__name__", fn), "look at the weights after the step instead"
         )
 
+    def add_param_group(self, param_group: dict[str, object]) -> NoReturn:
+        """Refuse: what is trained is fixed when the run begins."""
+        raise UnsupportedSetting(
+            "add_param_group", sorted(param_group), "give the optimizer all groups before the run"
+        )
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What torch's GradScaler asks first."""
+        raise UnsupportedSetting("GradScaler", "step", "it scales gradients; train in float32")
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a guarded optimizer is not copied: copy the model, or use run.save()")
 
@@ -156,8 +169,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             super().add_noise()
         else:
             for parameter in self.params:
-                parameter.grad = parameter.summed_grad.clone().view_as(parameter)
-                parameter.summed_grad._processed = True  # noqa: SLF001 - as Opacus marks it
+                parameter.grad = parameter.summed_grad.view_as(parameter)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Go on as another plan says."""
@@ -175,6 +187,8 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         """Drop every gradient, clipped sums before noise too."""
         self._is_last_step_skipped = False
         self.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         self.forget()
 
     def forget(self) -> None:
@@ -238,7 +252,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         every = self._parameters.values()
         return (
             *((p.requires_grad, p._version, p.data_ptr()) for p in every),  # noqa: SLF001
-            *((b._version, b.data_ptr()) for b in self._buffers.values()),  # noqa: SLF001
+            *((id(b), b._version, b.data_ptr()) for b in self._module.buffers()),  # noqa: SLF001
         )
 
     def _samples(self, parameter: torch.Tensor) -> int:
@@ -283,6 +297,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.turn.noised = False
 
     def _updated(self, *_: object) -> None:
+        self._buffers = list(self._module.buffers())  # kept, so that no other gets their id
         self._known = self._now()
 
 

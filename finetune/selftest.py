@@ -13,11 +13,13 @@ all rows are equally long, a mean over tokens is a mean over rows, and cannot be
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,8 @@ from finetune.errors import FinetuneError, NoGradient, NotFinite, RowsMixed, Uns
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _TOLERANCE = 1e-3
+_CODE = (AttributeError, ImportError, NameError, TypeError)
+"""What mistakes in a script raise, whatever the rows are."""
 _RAW = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What layers and Opacus raise for what they cannot do."""
 
@@ -105,7 +109,7 @@ def check_batches_apart(model: nn.Module, loss: Loss, whole: Any, part: Any) -> 
         if change <= _TOLERANCE:
             return change
         if _change(more, gradients_of(whole)) > _TOLERANCE:
-            raise UnsupportedModel(
+            raise _DrawsAtRandom(
                 "the model draws at random, which this check cannot tell from rows that change each"
                 " other; turn that off for it"
             )
@@ -115,6 +119,10 @@ def check_batches_apart(model: nn.Module, loss: Loss, whole: Any, part: Any) -> 
         " take the mean within each row first, and no statistics or negatives of the batch",
         change,
     )
+
+
+class _DrawsAtRandom(UnsupportedModel):
+    """Gradients are others each time, and nothing can be compared."""
 
 
 def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
@@ -129,6 +137,11 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
             loss(model, whole).backward()  # type: ignore[no-untyped-call]
     except FinetuneError:
         raise
+    except _CODE as error:
+        raise UnsupportedModel(
+            "the loss failed on made-up rows, before anything was paid for:"
+            f" {type(error).__name__}: {error}"
+        ) from error
     except Exception as error:  # noqa: BLE001 - of any model, about rows that we made up
         reason = f"{type(error).__name__}: {error}"
     else:
@@ -136,7 +149,7 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
             with _left_as_it_was(model), _gradients(model, loss) as gradients_of:
                 gradients_of(whole)  # with dropout, which some layers cannot take
             check_batches_apart(model, loss, whole, part)
-        except NotFinite as error:
+        except (NotFinite, _DrawsAtRandom) as error:
             reason = str(error)
         else:
             return
@@ -149,17 +162,33 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, gradients and the generator of random numbers."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Restore buffers and gradients, and the generators of random numbers."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        with same_draws_after():
+            yield
+    finally:
+        for module, name, buffer, before in buffers:
+            setattr(module, name, buffer.copy_(before))
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def same_draws_after() -> Iterator[None]:
+    """Leave the generators of torch, NumPy and Python as they were."""
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        np.random.set_state(numpys)  # noqa: NPY002
+        random.setstate(pythons)
 
 
 @contextmanager
@@ -194,6 +223,7 @@ def _gradients(model: nn.Module, loss: Loss) -> Iterator[Callable[[Any], list[Te
         layer.training = True  # Opacus looks at no others
     wrapped = None
     try:
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are")
         with _named():
             wrapped = HooksModule(model, loss_reduction="mean", strict=False)
 
@@ -217,7 +247,7 @@ def _named() -> Iterator[None]:
     """Raise what layers and Opacus raise as UnsupportedModel."""
     try:
         yield
-    except FinetuneError:
+    except (FinetuneError, torch.OutOfMemoryError):
         raise
     except _RAW as error:
         raise UnsupportedModel(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from finetune.batches import reads
 from finetune.errors import UnsupportedModel, UnsupportedSetting
 
 _PARALLEL = "run on one device, in one process (CUDA_VISIBLE_DEVICES=0 python train.py)"
@@ -90,14 +92,12 @@ def check_settings(trainer: Any) -> None:
         )
     if trainer.is_model_parallel:
         raise UnsupportedSetting("device_map", trainer.model.hf_device_map, _PARALLEL)
-    evaluated = trainer.eval_dataset
-    every = evaluated.values() if isinstance(evaluated, Mapping) else (evaluated,)
-    if trainer.train_dataset is not None and any(each is trainer.train_dataset for each in every):
-        raise UnsupportedSetting(
-            "eval_dataset",
-            "train_dataset",
-            "losses of the private rows would be printed, and choose what is kept, without noise;"
-            " evaluate on public rows",
+    check_evaluation(trainer, trainer.eval_dataset)
+    if args.max_grad_norm not in (0.0, 1.0):  # 1.0 is what nobody chose
+        warnings.warn(
+            f"max_grad_norm={args.max_grad_norm} of the arguments has no effect: rows are clipped"
+            " by the plan's",
+            stacklevel=4,
         )
     _check_adapters(trainer.model)
     for name, parameter in trainer.model.named_parameters():
@@ -106,6 +106,23 @@ def check_settings(trainer: Any) -> None:
                 f"{name} is trained in {parameter.dtype}, too coarse for the noise; load the model"
                 " with dtype=torch.float32, or train adapters of that type"
             )
+
+
+def check_evaluation(trainer: Any, evaluated: Any) -> None:
+    """Raise if rows to evaluate on are those to train on.
+
+    Raises:
+        UnsupportedSetting: If so.
+    """
+    every = evaluated.values() if isinstance(evaluated, Mapping) else (evaluated,)
+    rows = trainer.train_dataset
+    if rows is not None and any(reads(each, rows) for each in every):
+        raise UnsupportedSetting(
+            "eval_dataset",
+            "train_dataset",
+            "losses of the private rows would be printed, and choose what is kept, without noise;"
+            " evaluate on public rows",
+        )
 
 
 def _trained(module: nn.Module) -> bool:

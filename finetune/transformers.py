@@ -27,6 +27,7 @@ whenever the Trainer saves.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +52,7 @@ from finetune.errors import (
 from finetune.opacus import TrainingRun
 from finetune.optimizers import Turn
 from finetune.row_losses import IGNORED, row_losses
-from finetune.trainer_settings import check_settings, check_tables
+from finetune.trainer_settings import check_evaluation, check_settings, check_tables
 
 _PRIVATE = ("loss", "train_loss", "grad_norm", "total_flos")
 
@@ -95,7 +96,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         check_settings(self)
         self._row_losses: Callable[..., Tensor] = (
-            partial(self.compute_loss_func, num_items_in_batch=None)
+            _of_outputs_and_labels(self.compute_loss_func)
             if self.compute_loss_func
             else row_losses(self.model, self.args.label_smoothing_factor)
         )
@@ -158,6 +159,16 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             pin_memory=loader.pin_memory and torch.accelerator.is_available(),
         )
         return _Steps(self)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of rows to evaluate on, which are not the private ones."""
+        check_evaluation(self, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return a loader of rows to predict for, which are not the private ones."""
+        check_evaluation(self, test_dataset)
+        return super().get_test_dataloader(test_dataset)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the optimizer of the private run.
@@ -287,6 +298,16 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         """Write the run's checkpoint, if it has one."""
         if self.run.checkpoint is not None:
             self.run.save()
+
+
+def _of_outputs_and_labels(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a loss function without the number of items, which the Trainer's own may take."""
+    parameters = inspect.signature(loss).parameters
+    if "num_items_in_batch" in parameters or any(
+        each.kind is each.VAR_KEYWORD for each in parameters.values()
+    ):
+        return partial(loss, num_items_in_batch=None)
+    return loss
 
 
 # Functions, and not methods: a copy of the model must not try to copy the trainer with them.

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -20,6 +20,7 @@ from lightning.pytorch import (  # noqa: E402
 )
 from lightning.pytorch.callbacks import (  # noqa: E402
     BatchSizeFinder,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -442,7 +443,7 @@ class Data(LightningDataModule):
         return DataLoader(self.rows, batch_size=4)
 
     def val_dataloader(self):
-        return DataLoader(self.rows)
+        return DataLoader(Rows())
 
     def on_before_batch_transfer(self, batch, *_):
         assert batch[0].dtype == self.trainer.lightning_module.net[0].weight.dtype
@@ -456,7 +457,7 @@ def test_a_data_module_s_rows_and_hooks_are_used_of_all_parts(accountant, precis
     used = trainer(precision=precision, num_sanity_val_steps=0)
     with training_run(accountant, "b", plan(), unit="row") as run:
         fit(used, run, module, data, physical=5)
-    assert data.sizes[data.sizes.index(2) - 2 :][:6] == [5, 5, 2] * 2  # after those of the trial
+    assert data.sizes[data.sizes.index(5) :][:6] == [5, 5, 2] * 2  # after those of the trial
     assert used.callback_metrics["val_loss"] > 0
     assert close(weights(module).float(), by_hand())
     assert data.train_dataloader().batch_size == 4
@@ -525,3 +526,22 @@ def test_a_run_that_died_goes_on_with_its_schedule(accountant, tmp_path):
     )
     files = list((tmp_path / "whole").glob("*.ckpt"))
     assert Module.load_from_checkpoint(files[0], weights_only=True).net[0].weight.shape == (7, 5)
+
+
+def test_validation_on_the_private_rows_is_refused(accountant):
+    rows = Rows()
+    for evaluated in (DataLoader(rows), DataLoader(Subset(rows, [0]))):
+        with (
+            training_run(accountant, "b", plan(), unit="row") as run,
+            pytest.raises(UnsupportedSetting, match="metrics of the private rows"),
+        ):
+            fit(trainer(), run, Validated(), DataLoader(rows), evaluated)
+
+
+def test_a_callback_that_waits_for_the_private_loss_is_named_before_a_step(accountant):
+    for monitor in ("private", "private_epoch"):
+        stopping = trainer(callbacks=[EarlyStopping(monitor)])
+        with training_run(accountant, "b", plan(), unit="row") as run:
+            with pytest.raises(UnsupportedSetting, match=r"EarlyStopping\(monitor=...\)='private"):
+                fit(stopping, run, Logs(), DataLoader(Rows()), DataLoader(Rows()))
+            assert run.marked == 0

@@ -549,7 +549,7 @@ def test_losses_that_may_mix_rows_are_refused(accountant):
             train_dataset=rows_for("llama"),
             compute_loss_func=lambda outputs, *_, **__: outputs.logits.mean(),
         )
-        with pytest.raises(UnitsMixed, match=r"5 rows, and losses have the shape \(\)"):
+        with pytest.raises(UnitsMixed, match=r"rows, and losses have the shape \(\)"):
             trainer.train()
     assert torch.equal(weights(model), before)
 
@@ -751,7 +751,7 @@ def test_positions_are_looked_up_for_each_row(accountant, monkeypatch):
             train_dataset=rows_for("llama"),
             compute_loss_func=lambda outputs, *_, **__: outputs["logits"],
         )
-        with pytest.raises(UnsupportedModel, match=r"table looks up \(5,\) entries for 5 rows"):
+        with pytest.raises(UnsupportedModel, match=r"table looks up \(4,\) entries for 4 rows"):
             trainer.train()
 
 
@@ -803,6 +803,63 @@ def test_evaluation_on_the_private_rows_is_refused(accountant):
                     train_dataset=rows,
                     eval_dataset=evaluated,
                 )
+
+
+def test_neither_evaluate_nor_predict_takes_the_private_rows(accountant):
+    rows = rows_for("llama")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"), args=settings(), train_dataset=rows
+        )
+        for takes in (trainer.evaluate, trainer.predict):
+            with pytest.raises(UnsupportedSetting, match="losses of the private rows"):
+                takes(torch.utils.data.Subset(rows, [0, 1]))
+
+
+def test_a_clipping_norm_of_the_arguments_is_said_to_have_no_effect(accountant):
+    with (
+        training_run(accountant, "b", plan(), unit="row") as run,
+        pytest.warns(UserWarning, match=r"max_grad_norm=0\.3 of the arguments has no effect"),
+    ):
+        guarded(Trainer, run)(
+            model=made("llama lora"),
+            args=settings(max_grad_norm=0.3),
+            train_dataset=rows_for("llama"),
+        )
+
+
+def test_a_loss_function_may_take_outputs_and_labels_alone(accountant):
+    def loss(outputs, labels):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    model = made("bert")
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        guarded(Trainer, run)(
+            model=model, args=settings(), train_dataset=rows_for("bert"), compute_loss_func=loss
+        ).train()
+    assert close(weights(model), by_hand("bert"))
+
+
+def test_a_mean_over_tokens_is_named_before_a_step(accountant):
+    """Of rows that are all alike it is the mean over rows; one that is shorter tells."""
+
+    def over_tokens(outputs, labels, **_):
+        losses = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+        )
+        return losses.sum(1) * len(losses) / (labels[:, 1:] != -100).sum()
+
+    rows = [row | {"labels": row["input_ids"]} for row in rows_for("llama")]
+    with training_run(accountant, "b", plan(), unit="row") as run:
+        trainer = guarded(Trainer, run)(
+            model=made("llama lora"),
+            args=settings(),
+            train_dataset=rows,
+            compute_loss_func=over_tokens,
+        )
+        with pytest.raises(RowsMixed, match="mean within each row"):
+            trainer.train()
+        assert run.marked == 0
 
 
 def test_a_sample_that_was_left_half_way_joins_no_other(accountant):

@@ -70,9 +70,11 @@ def clipped_sum(tmp_path, rows, *, unit):
             model, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
             for (features,) in run.batches(loader):
                 model(features.flatten(1).reshape(len(features), -1, 2)).mean().backward()
-                optimizer.step()
+                optimizer.clip_and_accumulate()
                 (weight,) = model.parameters()
                 found = weight.summed_grad.clone().flatten()
+                weight.summed_grad = None
+                optimizer.step()
                 optimizer.zero_grad()
     return found
 
