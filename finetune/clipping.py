@@ -27,8 +27,8 @@ from torch.nn import functional
 
 from finetune.errors import UnmarkedStep, UnsupportedModel
 
-_CHUNK = 2**16
-"""How many weights are taken to double precision at once."""
+_CHUNK = 2**12
+"""How many squares are added up in single precision."""
 
 _ROUNDING = 1e-6
 """Relative to the sum of the norms of a gradient's terms; the sum in single precision is nearer."""
@@ -136,12 +136,17 @@ Rows = Tensor | Outer | Lookups
 def norms(rows: Rows) -> Tensor:
     """Return the norm of each row's gradient, in double precision: (rows,).
 
-    In single precision it would come out too small for a million weights and more.
+    A sum of a million squares in single precision would be too small; of a few thousand it is not.
     """
     if not isinstance(rows, Tensor):
         return rows.norms()
-    parts = torch.split(rows.reshape(len(rows), -1), _CHUNK, dim=1)
-    norm: Tensor = torch.stack([part.double().norm(dim=1) for part in parts]).norm(dim=0)
+    flat = rows.reshape(len(rows), -1)
+    whole = flat.shape[1] // _CHUNK * _CHUNK
+    chunks = torch.unflatten(flat[:, :whole], 1, (-1, _CHUNK)).norm(dim=2)
+    parts = torch.cat([chunks, flat[:, whole:].norm(dim=1, keepdim=True)], dim=1).double()
+    if not parts.isfinite().all():  # squares beyond single precision, or rows that are not finite
+        parts = flat.double()
+    norm: Tensor = parts.norm(dim=1)
     return norm
 
 

@@ -25,8 +25,9 @@ from finetune.errors import (
 )
 from finetune.plan import TrainingPlan
 
-_ROUNDING, _TOLERANCE = 1e-5, 1e-3
-"""Of the clipping norm, left free for rounding; of the mean norm of rows, for a sum over rows."""
+_ROUNDING, _TOLERANCE, _NOTHING = 1e-5, 1e-3, 1e-18
+"""Of the clipping norm, left free for rounding; of the mean norm of rows, for a sum over rows; and
+where squares of gradients are zero in single precision."""
 
 
 @dataclass(slots=True)
@@ -270,7 +271,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
 
     def _check_sums(self, every: dict[torch.Tensor, clipping.Rows], norms: torch.Tensor) -> None:
         """Compare the mean of the rows' gradients with what the backward pass says."""
-        most = _TOLERANCE * norms.mean() + torch.finfo(torch.float32).tiny
+        most = _TOLERANCE * norms.mean() + _NOTHING
         for parameter, mean in self._means.items():
             if mean is None or parameter not in every:
                 continue
