@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from finetune.opacus import TrainingRun, training_run
     from finetune.selftest import check_rows_apart
     from finetune.sweeps import Winner, sweep, sweep_event
-    from finetune.units import CappedRows, OneRowPerUnit, UnitGuarantee, UnitMap, unit_guarantee
+    from finetune.unit_map import UnitMap
+    from finetune.units import CappedRows, OneRowPerUnit, UnitGuarantee, unit_guarantee
 
 __all__ = [
     "CappedRows",
@@ -75,7 +76,7 @@ _LAZY = {
     "OneRowPerUnit": "finetune.units",
     "TrainingRun": "finetune.opacus",
     "UnitGuarantee": "finetune.units",
-    "UnitMap": "finetune.units",
+    "UnitMap": "finetune.unit_map",
     "Winner": "finetune.sweeps",
     "check_rows_apart": "finetune.selftest",
     "sweep": "finetune.sweeps",

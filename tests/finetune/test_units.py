@@ -26,13 +26,14 @@ from dp import (
     pure,
 )
 from dp.readings import lifetime_delta
-from finetune import TrainingPlan, training_run
-from finetune.units import (
+from finetune import (
     CappedRows,
     DeclaredExceeded,
     OneRowPerUnit,
+    TrainingPlan,
     UnitIdsInvalid,
     UnitMap,
+    training_run,
     unit_guarantee,
 )
 
