@@ -68,7 +68,8 @@ def _wait(command: Sequence[str], environment: dict[str, str], locks: Sequence[i
     """Return the exit status of a command, which gets the signals that this process gets."""
     before: dict[signal.Signals, object] = {}
     # A terminal sends its interrupts to the script as well; the others are for this process alone.
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         try:
             script = subprocess.Popen(command, env=environment, pass_fds=locks)  # noqa: S603

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections import deque
@@ -95,7 +96,7 @@ class Counted:
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any], example: Any) -> None:
-        self._collate, self._stand_in = collate, stand_in(collate([example]))
+        self._collate, self._stand_in = collate, stand_in(collate([copy.deepcopy(example)]))
 
     def __call__(self, rows: list[Any]) -> tuple[int, Any]:
         """Return how many rows there are, and the batch of them."""
@@ -164,7 +165,9 @@ def made_up(collate: Callable[[list[Any]], Any], example: Any, rows: int) -> tup
             return tuple(type(whole)(*each) if fields else type(whole)(each) for each in parts)  # type: ignore[return-value]
         return stand_in(whole), stand_in(part)
 
-    whole, part = both(collate([example] * rows), collate([example] * (rows - 1)))
+    whole, part = both(  # copies, for some collators take rows apart
+        *(collate([copy.deepcopy(example) for _ in range(n)]) for n in (rows, rows - 1))
+    )
     if isinstance(whole, Mapping) and isinstance(whole.get("input_ids"), torch.Tensor):
         tokens = whole["input_ids"]
         for name, ended in (("labels", -100), ("attention_mask", 0)):

@@ -256,9 +256,10 @@ class HooksModule(GradSampleModule):  # type: ignore[misc]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            own = [each for each, _ in module.named_parameters(recurse=False)]
             raise UnsupportedModel(
-                f"gradients of single rows of {name} cannot be computed; freeze it, or train"
-                f" adapters ({type(error).__name__}: {error})"
+                f"gradients of single rows of {name} cannot be computed; freeze what it has of its"
+                f" own ({', '.join(own)}), or train adapters ({type(error).__name__}: {error})"
             ) from error
         for parameter, rows in sampled.items():
             if not parameter.requires_grad:

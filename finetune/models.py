@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from opacus.validators import ModuleValidator
 from torch import float32, float64, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,3 +65,16 @@ def check_model(model: nn.Module) -> None:
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise UnsupportedModel("; ".join(map(str, errors)))
+
+
+@contextmanager
+def out_of_place(model: nn.Module) -> Iterator[None]:
+    """Let activations leave their input as it was: hooks need the output of the layer before."""
+    changed = [each for each in model.modules() if getattr(each, "inplace", False) is True]
+    for module in changed:
+        module.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True  # type: ignore[assignment]

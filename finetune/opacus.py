@@ -87,7 +87,7 @@ from finetune.errors import (
     UnsupportedModel,
     UnsupportedSetting,
 )
-from finetune.models import check_model, mixes_rows
+from finetune.models import check_model, mixes_rows, out_of_place
 from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
 from finetune.selftest import check_made_up, same_draws_after
@@ -260,7 +260,7 @@ class TrainingRun:
         self._round: object = None
         self._model: Any = None
         self._optimizer: Guarded | None = None
-        self._hooks: list[Any] = []
+        self._undo = ExitStack()
         self._ended = False
 
     @property
@@ -362,7 +362,8 @@ class TrainingRun:
             raise DeclaredExceeded(
                 "units of the budget",
                 self._units,
-                "a row is one unit here: join or sample the rows of a unit (OneRowPerUnit)",
+                "a row is one unit here: sample or join the rows of a unit (OneRowPerUnit), or"
+                " create the budget with the number of rows",
             )
         distributed.same_rows(loader.dataset)
         with same_draws_after():
@@ -389,9 +390,7 @@ class TrainingRun:
             self._try(model, loss, tried)
         # Of the first layer, whose input needs no gradient: Opacus's hooks are right all the same.
         warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are")
-        for module in model.modules():
-            if getattr(module, "inplace", False) is True:
-                module.inplace = False  # type: ignore[assignment]  # it would overwrite what is kept
+        self._undo.enter_context(out_of_place(model))
         try:
             self._model = _MODES[mode](model, loss_reduction="mean")
         except (NotImplementedError, ValueError) as error:
@@ -412,13 +411,14 @@ class TrainingRun:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
-                self._hooks.append(hook)
+                self._undo.callback(hook.remove)
         for module in model.modules():
             if any(each.requires_grad for each in module.parameters(recurse=False)):
                 hook = module.register_forward_pre_hook(check_rows, with_kwargs=True)
-                self._hooks.append(hook)
+                self._undo.callback(hook.remove)
             if mixes_rows(module):
-                self._hooks.append(module.register_forward_pre_hook(check_statistics))
+                hook = module.register_forward_pre_hook(check_statistics)
+                self._undo.callback(hook.remove)
         return self._model, self._optimizer, self._loader
 
     def batches(self, loader: DataLoader[Any], *, physical: int | None = None) -> Iterator[Any]:
@@ -444,10 +444,10 @@ class TrainingRun:
             )
         self._round = now = object()
         rows: Iterator[Any] = iter(())
-        sampler, plan = PoissonSampler(0, 0.0, 0), None
+        sampler, now_run = PoissonSampler(0, 0.0, 0), None
         while self.remaining:
-            if self._now[0] is not plan:
-                plan = self._now[0]
+            if self._now[1] is not now_run:
+                plan, now_run = self._now
                 if plan is not optimizer.plan:
                     optimizer.follow(plan)
                 fresh = self._fresh(plan, most)
@@ -460,6 +460,7 @@ class TrainingRun:
                 optimizer.forget()
                 self.turn.rows, self.turn.last = count, sampler.last.popleft()
                 self.turn.done = False
+                optimizer.note_buffers()
                 yield batch
                 if self._round is not now:
                     raise NotPoissonSampled(
@@ -501,9 +502,7 @@ class TrainingRun:
     def stop(self) -> None:
         """Drop every gradient, clipped sums before noise too, and every hook."""
         self.turn.paid = self.turn.noised = False
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._undo.close()
         self._ended = True
         if self._optimizer is not None:
             self._optimizer.release()

@@ -76,7 +76,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.plan, self.turn = plan, turn
         self._module = module
         self._parameters = dict(module.named_parameters())
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._means: dict[torch.Tensor, torch.Tensor | None] = {}
         self._taken = 1
         self._known: tuple[object, ...] = ()
@@ -227,6 +227,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
                 " that run.batches yields"
             )
         self.check_weights()
+        self._check_buffers()
         samples = {self._samples(parameter) for parameter in self.params}
         if samples != {max(1, self.turn.rows)}:
             raise UnitsMixed(
@@ -244,17 +245,38 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         known = [*map(id, self._parameters.values())]
         if self._known != self._now() or known != [*map(id, self._module.parameters())]:
             raise WeightsChanged(
-                "weights, or which of them are trained, or buffers were changed since the last step"
-                " by something else than this optimizer; what that learned from is not accounted"
-                " for (statistics of batches that a layer keeps are one: put it in eval())"
+                "weights, or which of them are trained, were changed since the last step by"
+                " something else than this optimizer; what that learned from is not accounted for"
             )
+
+    def note_buffers(self) -> None:
+        """Remember what buffers hold before a batch is seen."""
+        named = dict(self._module.named_buffers())
+        self._buffers = {
+            name: self._buffers[name] if self._is_known(name, buffer) else _noted(buffer)
+            for name, buffer in named.items()
+        }
+
+    def _check_buffers(self) -> None:
+        for name, buffer in self._module.named_buffers():
+            if self._is_known(name, buffer):
+                continue
+            _, _, before = self._buffers.get(name, (None, 0, None))
+            if before is None or not same_values(buffer, before):
+                raise WeightsChanged(
+                    f"the buffer {name.removeprefix('_module.')} was changed by this batch, and"
+                    " would publish what it keeps of private rows without noise; put its layer in"
+                    " eval(), take it out of the model, or show the model a public batch first if"
+                    " it is made only once"
+                )
+
+    def _is_known(self, name: str, buffer: torch.Tensor) -> bool:
+        known, version, _ = self._buffers.get(name, (None, 0, None))
+        return buffer is known and buffer._version == version  # noqa: SLF001
 
     def _now(self) -> tuple[object, ...]:
         every = self._parameters.values()
-        return (
-            *((p.requires_grad, p._version, p.data_ptr()) for p in every),  # noqa: SLF001
-            *((id(b), b._version, b.data_ptr()) for b in self._module.buffers()),  # noqa: SLF001
-        )
+        return tuple((p.requires_grad, p._version, p.data_ptr()) for p in every)  # noqa: SLF001
 
     def _samples(self, parameter: torch.Tensor) -> int:
         """Return how many rows a parameter has gradients of."""
@@ -298,8 +320,18 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         self.turn.noised = False
 
     def _updated(self, *_: object) -> None:
-        self._buffers = list(self._module.buffers())  # kept, so that no other gets their id
         self._known = self._now()
+
+
+def _noted(buffer: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    return buffer, buffer._version, buffer.detach().clone()  # noqa: SLF001
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors are alike, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.is_sparse or other.is_sparse:
+        return False
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def secret_generator(device: torch.device) -> torch.Generator:

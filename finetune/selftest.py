@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from finetune.clipping import HooksModule
 from finetune.errors import FinetuneError, NoGradient, NotFinite, RowsMixed, UnsupportedModel
+from finetune.models import out_of_place
+from finetune.optimizers import same_values
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -134,7 +136,13 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
     """
     try:
         with _left_as_it_was(model):
+            before = {name: each.clone() for name, each in model.named_buffers()}
             loss(model, whole).backward()  # type: ignore[no-untyped-call]
+            changed = [
+                name
+                for name, each in model.named_buffers()
+                if name in before and not same_values(each, before[name])
+            ]
     except FinetuneError:
         raise
     except _CODE as error:
@@ -145,11 +153,17 @@ def check_made_up(model: nn.Module, loss: Loss, whole: Any, part: Any) -> None:
     except Exception as error:  # noqa: BLE001 - of any model, about rows that we made up
         reason = f"{type(error).__name__}: {error}"
     else:
+        if changed:
+            raise UnsupportedModel(
+                f"the buffer {changed[0]} is changed by each batch, and would publish what it keeps"
+                " of private rows without noise; put its layer in eval(), or take it out of the"
+                " model"
+            )
         try:
             with _left_as_it_was(model), _gradients(model, loss) as gradients_of:
                 gradients_of(whole)  # with dropout, which some layers cannot take
             check_batches_apart(model, loss, whole, part)
-        except (NotFinite, _DrawsAtRandom) as error:
+        except (NotFinite, _DrawsAtRandom, torch.OutOfMemoryError) as error:
             reason = str(error)
         else:
             return
@@ -170,13 +184,13 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        with same_draws_after():
+        with same_draws_after(), out_of_place(model):
             yield
     finally:
-        for module, name, buffer, before in buffers:
-            setattr(module, name, buffer.copy_(before))
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for module, name, buffer, before in buffers:
+            setattr(module, name, buffer if same_values(buffer, before) else before)
 
 
 @contextmanager
