@@ -900,6 +900,27 @@ def test_a_mistake_in_a_loss_is_named_before_anything_is_paid(accountant, rows):
     assert accountant.statement("b").spent == ()
 
 
+class Functional(Normalized):
+    """Keeps statistics by a function of torch, which writes them without a new version."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("spread", torch.ones(5))
+
+    def forward(self, features):
+        with torch.no_grad():
+            torch.nn.functional.batch_norm(features, self.mean, self.spread, training=True)
+        return self.head(features)
+
+
+def test_statistics_that_torch_writes_are_seen(accountant, rows):
+    run, private, guarded, loader, _ = run_of(accountant, rows, Functional())
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    with pytest.raises(WeightsChanged, match="the buffer mean was changed"):
+        guarded.step()
+
+
 class Replaced(Normalized):
     """Puts another tensor in the place of its buffer."""
 
