@@ -101,9 +101,11 @@ def train(
     return (perf_counter() - started) / plan.steps
 
 
-def plain(model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: Any) -> float:
+def plain(
+    model: nn.Module, rows: TensorDataset, steps: int, batch: int, loss: Any, rate: float
+) -> float:
     """Train without clipping or noise; return seconds a step."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=PLAIN_RATE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     started, done = perf_counter(), 0
     while done < steps:
         for each in DataLoader(rows, batch_size=batch, shuffle=True):
@@ -187,7 +189,7 @@ def topics() -> None:
         UNITS, expected_batch_size=BATCH, noise_multiplier=1.0, epochs=EPOCHS
     )
     model = Topics().train()
-    seconds = plain(model, rows, guess.steps, BATCH, topic_loss)
+    seconds = plain(model, rows, guess.steps, BATCH, topic_loss, PLAIN_RATE)
     majority = max((tests.tensors[2] == at).float().mean().item() for at in range(len(TOPICS)))
     print(f"  majority {majority:.3f}")
     print(f"  not private: accuracy {accuracy(model, tests):.3f}, {seconds:.2f} s a step")
@@ -249,7 +251,7 @@ def language() -> None:
     )
     plan = least_noise_planned(8.0, plan)
     initial = copy.deepcopy(start.state_dict())
-    seconds = plain(start, rows, plan.steps, LANGUAGE_BATCH, language_loss)
+    seconds = plain(start, rows, plan.steps, LANGUAGE_BATCH, language_loss, RATE)
     print(f"  not private: {held_out_loss(start):.4f}, {seconds:.1f} s a step", flush=True)
     for mode in ("hooks", "ghost"):
         start.load_state_dict(initial)
