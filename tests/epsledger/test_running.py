@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -62,26 +64,25 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-@pytest.fixture
-def supervised(location, tmp_path):
-    """Run a script under supervision; return exit code and what was said."""
+def run_under(location, *command: str, more: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Run a command under supervision; return exit code and what was said."""
+    done = subprocess.run(
+        [*EPSLEDGER, "run", "--ledger", str(location), *more, "--", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return done.returncode, done.stderr
+
+
+def with_budget(folder):
+    """Return the location of a ledger with a budget, and a script that trains under it."""
+    location, script = folder / "ledger.db", folder / "train.py"
     with Accountant.open(location) as accountant:
         accountant.create_budget("b", adaptive(8.0, 1e-5), unit="row")
-    script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-
-    def run(*command: str, more: tuple[str, ...] = ()) -> tuple[int, str]:
-        command = command or (sys.executable, str(script))
-        done = subprocess.run(
-            [*EPSLEDGER, "run", "--ledger", str(location), *more, "--", *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        return done.returncode, done.stderr
-
-    return lambda *arguments, more=(): run(sys.executable, str(script), *arguments, more=more), run
+    return location, str(script)
 
 
 def spent(location):
@@ -89,35 +90,51 @@ def spent(location):
         return sum(uses for _, uses in accountant.statement("b").spent)
 
 
-@pytest.mark.parametrize(
-    ("steps", "how", "code", "words", "paid"),
-    [
-        ("3", "end", 0, "budget 'b': 3 of 3 steps paid", 3),
-        ("9", "break", 0, "budget 'b': 2 of 9 steps paid, the rest returned", 2),
-        ("9", "raise", 7, "left by an error: all 9 steps stay spent", 9),
-        ("9", "kill", 128 + signal.SIGKILL, "its process died: all 9 steps stay spent", 9),
-        ("9", "nothing", 5, "this run was not guarded: no step", 0),
-        ("99999", "caught", 3, "budget 'b': refused: it does not fit", 0),
-        ("3", "second", 3, "budget 'b': refused: it does not fit", 3),
-        ("99999", "end", 3, "budget 'b': refused: it does not fit", 0),
-    ],
+CASES = (
+    ("3", "end", 0, "budget 'b': 3 of 3 steps paid", 3),
+    ("9", "break", 0, "budget 'b': 2 of 9 steps paid, the rest returned", 2),
+    ("9", "raise", 7, "left by an error: all 9 steps stay spent", 9),
+    ("9", "kill", 128 + signal.SIGKILL, "its process died: all 9 steps stay spent", 9),
+    ("9", "nothing", 5, "this run was not guarded: no step", 0),
+    ("99999", "caught", 3, "budget 'b': refused: it does not fit", 0),
+    ("3", "second", 3, "budget 'b': refused: it does not fit", 3),
+    ("99999", "end", 3, "budget 'b': refused: it does not fit", 0),
 )
-def test_a_guarded_script(supervised, location, steps, how, code, words, paid):
-    script, _ = supervised
-    found, said = script(steps, how)
-    assert (found, spent(location)) == (code, paid), said
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Run the script in all ways at once, each with a ledger of its own."""
+
+    def outcome(case):
+        location, script = with_budget(tmp_path_factory.mktemp(case[1]))
+        return *run_under(location, sys.executable, script, *case[:2]), spent(location)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(CASES, pool.map(outcome, CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{case[0]}")
+def test_a_guarded_script(outcomes, case):
+    _, _, code, words, paid = case
+    found, said, uses = outcomes[case]
+    assert (found, uses) == (code, paid), said
     assert words in said
 
 
-def test_a_script_that_guards_nothing_fails_though_it_ends_well(supervised):
-    _, run = supervised
+@pytest.fixture
+def run(tmp_path):
+    location, _ = with_budget(tmp_path)
+    return partial(run_under, location)
+
+
+def test_a_script_that_guards_nothing_fails_though_it_ends_well(run):
     code, said = run(sys.executable, "-c", "print('trained')")
     assert code == 5
     assert "this run was not guarded" in said
 
 
-def test_no_two_runs_of_one_name(supervised, tmp_path):
-    _, run = supervised
+def test_no_two_runs_of_one_name(run):
     inner = [*EPSLEDGER, "run", "--name", "n", "--", sys.executable]
     code, said = run(*inner, "-c", "", more=("--name", "n"))
     assert code == 5
@@ -125,8 +142,7 @@ def test_no_two_runs_of_one_name(supervised, tmp_path):
     assert "running on this machine" not in run(sys.executable, "-c", "", more=("--name", "n"))[1]
 
 
-def test_a_command_that_is_not_there(supervised):
-    _, run = supervised
+def test_a_command_that_is_not_there(run):
     code, said = run("no-such-program")
     assert code == 1
     assert "no-such-program: No such file" in said
@@ -169,10 +185,9 @@ def test_signals_are_the_scripts_to_handle(location, tmp_path, number):
     assert "this run was not guarded" in said
 
 
-def test_a_run_within_a_run_is_heard_by_both(supervised, location, tmp_path):
-    _, run = supervised
-    script = str(tmp_path / "train.py")
+def test_a_run_within_a_run_is_heard_by_both(tmp_path):
+    location, script = with_budget(tmp_path)
     inner = [*EPSLEDGER, "run", "--ledger", str(location), "--", sys.executable, script]
-    code, said = run(*inner, "3", "end")
+    code, said = run_under(location, *inner, "3", "end")
     assert code == 0
     assert said.count("3 of 3 steps paid") == 2

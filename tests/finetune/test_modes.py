@@ -31,6 +31,7 @@ from finetune import (
     WeightsChanged,
     training_run,
 )
+from finetune.batches import made_up
 from finetune.clipping import Lookups, Outer, linear_rows, norms
 
 ROWS, NOISELESS = 24, 5e-3
@@ -1026,6 +1027,12 @@ def test_buffers_that_keep_their_values_or_change_between_steps_are_let_be(accou
             guarded.step()
             guarded.zero_grad()
             model.seen += 1  # as a metric of public rows does in validation
+
+
+def test_made_up_rows_are_of_several_classes_with_and_without_the_last():
+    whole, part = made_up(torch.utils.data.default_collate, (torch.ones(2), torch.tensor(7)), 4)
+    assert whole[1].tolist() == [0, 1, 0, 1]
+    assert part[1].tolist() == [0, 1, 0]
 
 
 def test_a_collator_that_takes_rows_apart(accountant, rows):

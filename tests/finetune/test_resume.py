@@ -102,7 +102,7 @@ def crashed_run(
     return crashes, updates, paid, steps
 
 
-@pytest.mark.parametrize("plans", [8, pytest.param(150, marks=pytest.mark.long)])
+@pytest.mark.parametrize("plans", [5, pytest.param(150, marks=pytest.mark.long)])
 def test_every_update_is_paid_for(trainers, tmp_path, plans, scale):
     plans *= scale if plans > 8 else 1
     died = ran = spent = over = 0
