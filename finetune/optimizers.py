@@ -108,7 +108,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
             self.add_noise()
             self.scale_grad()
             for parameter in self.params:
-                parameter.grad_sample = parameter.summed_grad = None
+                parameter.summed_grad = None
             distributed.add_up(parameter.grad for parameter in self.params)
         except BaseException:
             self.drop()
@@ -139,6 +139,7 @@ class Guarded(DPOptimizer):  # type: ignore[misc]
         for parameter, rows in every.items():
             clipped, before = clipping.weighted(rows, factors), parameter.summed_grad
             parameter.summed_grad = clipped if before is None else before.add_(clipped)
+            parameter.grad_sample = None  # so that nothing is added twice
         self._taken += 1
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> NoReturn:

@@ -363,6 +363,22 @@ def test_a_layer_that_is_thawed_is_not_trained_on_raw_gradients(accountant, rows
             torch.nn.functional.cross_entropy(private(features), labels).backward()
             guarded.step()
             second.step()
+    assert all(part.grad is None for part in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_clipping_by_hand_adds_no_row_twice(accountant, rows, mode):
+    """A row would move the sum by twice the clipping norm, for the price of one."""
+    model = network()
+    before = copy.deepcopy(list(model.parameters()))
+    run, private, guarded, loader, _ = run_of(accountant, rows, model, mode)
+    features, labels = next(run.batches(loader))
+    torch.nn.functional.cross_entropy(private(features), labels).backward()
+    guarded.clip_and_accumulate()
+    with pytest.raises(NoGradient):
+        guarded.step()
+    assert untouched(model, before)
+    assert all(part.summed_grad is None for part in model.parameters())
 
 
 def test_a_layer_that_is_trained_after_the_last_step_is_seen(accountant, rows):
@@ -1144,19 +1160,3 @@ def test_an_error_says_that_a_checkpoint_would_have_kept_the_steps(accountant, r
         for features, _ in run.batches(loader):
             features.shape[0] // 0
     assert "All 2 steps of the plan stay spent" in caught.value.__notes__[0]
-
-
-def test_a_thawed_layer_keeps_no_raw_gradient(accountant, rows):
-    model = network()
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
-    with (
-        pytest.raises(WeightsChanged),
-        training_run(accountant, "b", plan(), unit="row") as run,
-    ):
-        private, guarded, loader = run.make_private(model, optimizer, DataLoader(rows))
-        for features, labels in run.batches(loader):
-            model[0].requires_grad_(True)
-            torch.nn.functional.cross_entropy(private(features), labels).backward()
-            guarded.step()
-    assert all(part.grad is None for part in model.parameters())
