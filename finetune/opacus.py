@@ -437,7 +437,8 @@ class TrainingRun:
         optimizer, most = self._parts(loader, physical)
         if self._ended:
             raise UnmarkedStep("the run has ended; take its batches within the with block")
-        if self._round is not None and not self.remaining:
+        # Not of the trials of a sweep, which have nothing saved: the lines would tell how many.
+        if self._round is not None and not self.remaining and self._saved is not None:
             _LOG.warning(
                 "no step of the plan is left for another loop over run.batches: its steps are those"
                 " of all epochs (TrainingPlan.for_units(..., epochs=...))"

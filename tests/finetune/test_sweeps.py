@@ -245,7 +245,7 @@ def test_several_processes_are_refused(accountant, monkeypatch):
 # --- the trials ---------------------------------------------------------------------------------
 
 
-def test_every_trial_takes_exactly_the_steps_of_its_plan(accountant, trials):
+def test_every_trial_takes_exactly_the_steps_of_its_plan(accountant, trials, caplog):
     trials(12)
     updates = []
 
@@ -268,6 +268,7 @@ def test_every_trial_takes_exactly_the_steps_of_its_plan(accountant, trials):
 
     swept(accountant, train)
     assert updates == [True] * 12
+    assert "no step of the plan is left" not in caplog.text  # once for each trial
 
 
 @pytest.mark.parametrize("taken", [0, 2])

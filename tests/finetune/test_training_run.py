@@ -491,3 +491,12 @@ def test_kill_9_during_training_keeps_the_whole_plan_spent(tmp_path):
 
 def test_the_price_is_that_of_the_poisson_sampled_gaussian():
     assert plan().event == PoissonSampled(0.1, Gaussian(1.0))
+
+
+def test_a_second_loop_over_the_batches_of_a_plan_is_warned_of(accountant, rows, caplog):
+    with training_run(accountant, "b", plan(steps=1), unit="row") as run:
+        model, optimizer, loader = run.make_private(*parts(rows))
+        for _epoch in range(2):
+            for batch in run.batches(loader):
+                learn(model, optimizer, batch)
+    assert caplog.text.count("no step of the plan is left for another loop") == 1
