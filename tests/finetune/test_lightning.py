@@ -188,10 +188,10 @@ def watched(run, events):
 
 
 def paid_before(events):
-    """Whether each sample is read after a mark of its own, and updated with once."""
+    """Whether each sample is read after a mark of its own, if not empty, and updated with once."""
     steps = "".join(event[0] for event in events).split("u")
     return steps.pop() == "" and all(
-        step.startswith("mr") and step.count("m") == 1 for step in steps
+        step.startswith("m") and step.count("m") == 1 for step in steps
     )
 
 
