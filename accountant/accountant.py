@@ -40,6 +40,7 @@ from accountant.requests import (
     Receipt,
     Request,
     Reserve,
+    Unprotected,
     Void,
 )
 from accountant.reservations import Lease, Reservation, holds_of
@@ -249,6 +250,40 @@ class Accountant(Reader):
         return self._writer.submit(
             Correct(_names(budget), event, uses, unit, relation, activity, note)
         )
+
+    def record_unprotected(
+        self, budget: Budgets, *, unit: str, activity: str, note: str
+    ) -> Receipt:
+        """Record that private data is read without noise; return when it is durable.
+
+        Only then read. It spends nothing, fits whatever is left, and stays in the ledger, in
+        statements and in reports. What was read has no guarantee: that of the budget is about
+        everybody but the reader, as long as what was read stays with them and decides nothing
+        that others see.
+
+        Args:
+            budget: As for :meth:`charge`.
+            unit: The privacy unit that is read.
+            activity: What it is for, for instance ``retrieval/raw``.
+            note: The reason; it is public to whoever reads the ledger.
+
+        Raises:
+            InvalidRequest: If there is no reason.
+            BudgetClosed: If the budget was closed.
+            UnknownBudget: If there is no such budget.
+            UnitMismatch: If the unit is not the budget's.
+            LedgerUnavailable: If nothing could be written.
+            OutcomeUnknown: If the commit failed; it may be recorded, so record it again.
+
+        >>> from dp import pure
+        >>> with Accountant.open("memory:") as books:
+        ...     _ = books.create_budget("news", pure(1.0), unit="article")
+        ...     ask = {"unit": "article", "activity": "retrieval/raw", "note": "ticket 7"}
+        ...     _ = books.record_unprotected("news", **ask)
+        ...     books.statement("news").unprotected, books.statement("news").share
+        (1, 0.0)
+        """
+        return self._writer.submit(Unprotected(_names(budget), unit, activity, note))
 
     def reserve(
         self,

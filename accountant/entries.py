@@ -48,6 +48,7 @@ class Kind(enum.IntEnum):
     IMPORT = 10
     CORRECT = 11
     CLOSE = 12
+    UNPROTECTED = 13
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -17,6 +17,8 @@ durable; only after that may a caller learn the outcome. The rules:
    when the next entry of another kind is appended, so that a storm of them stays small.
 7. A budget is never changed. A closed one admits nothing; one that supersedes another begins
    with all that was spent there; two over the same dataset cannot be. A correction only adds.
+8. A read of private data as it is has no guarantee: it is recorded, whatever is left, and adds to
+   no lane. It is never a refusal.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from accountant.requests import (
     Request,
     Reserve,
     Settle,
+    Unprotected,
     Void,
 )
 from dp import Price
@@ -96,6 +99,11 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
                 raise BudgetClosed(name)
             book.closed = True
             return book.append(Kind.CLOSE, now, note=note)
+        case Unprotected():
+            priced = _priced(tx, request)
+            _check_open(priced)
+            unchanged = [book.totals for book, _, _ in priced]
+            return _record(tx, request, Kind.UNPROTECTED, priced, unchanged, now)
         case Charge():
             return _charge(tx, request, now)
         case Correct(budgets=names):
@@ -273,9 +281,7 @@ def _reserve(tx: Transaction, ask: Reserve, now: int) -> Outcome:
 
 def _admit(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> Outcome:
     refusals, reached = [], []
-    for book, _, _ in priced:
-        if book.closed:
-            raise BudgetClosed(book.budget.name)
+    _check_open(priced)
     for book, event, price in priced:
         limits = book.budget.filter
         reached.append(limits.after(book.totals, price, ask.uses))
@@ -287,8 +293,19 @@ def _admit(tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, now: int) -> 
     return refusals[0] if refusals else _record(tx, ask, kind, priced, reached, now)
 
 
+def _check_open(priced: _Priced) -> None:
+    for book, _, _ in priced:
+        if book.closed:
+            raise BudgetClosed(book.budget.name)
+
+
 def _record(
-    tx: Transaction, ask: Ask, kind: Kind, priced: _Priced, reached: list[Price], now: int
+    tx: Transaction,
+    ask: Ask | Unprotected,
+    kind: Kind,
+    priced: _Priced,
+    reached: list[Price],
+    now: int,
 ) -> Receipt:
     """Bring every budget to the totals that it reaches, and add the entries to their chains."""
     receipts: list[Receipt] = []
@@ -362,13 +379,14 @@ def _end(tx: Transaction, held: _Held, kind: Kind, now: int) -> Receipt:
     return _append(held, kind, now)
 
 
-def _priced(tx: Transaction, ask: Ask) -> _Priced:
+def _priced(tx: Transaction, ask: Ask | Unprotected) -> _Priced:
     """Return the books that are asked, each with digest and price of the event."""
     books = [tx.book(name) for name in ask.budgets]
     for book in books:
         expected = (book.budget.unit, book.budget.filter.relation)
-        if (ask.unit, ask.relation) != expected:
-            raise UnitMismatch(book.budget.name, expected, (ask.unit, ask.relation))
+        given = (ask.unit, ask.relation if isinstance(ask, Ask) else expected[1])
+        if given != expected:
+            raise UnitMismatch(book.budget.name, expected, given)
         owner = book.budget.quota_of
         if owner is not None and owner not in ask.budgets:
             raise InvalidRequest(

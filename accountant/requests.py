@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from accountant.budgets import Budget, label, of_type
 from accountant.errors import InvalidRequest
-from dp import Event, Filter, NeighboringRelation, validate
+from dp import Event, Filter, NeighboringRelation, NonPrivate, validate
 from dp.accountings import limits_hold
 
 WHOLE_LEDGER = ""
@@ -99,11 +100,7 @@ class Ask:
     note: str = ""
 
     def __post_init__(self) -> None:
-        of_type(tuple, budgets=self.budgets)
-        for budget in self.budgets:
-            label(budget=budget)
-        if not self.budgets or len(set(self.budgets)) < len(self.budgets):
-            raise InvalidRequest(f"budgets must be named once each, got {self.budgets!r}")
+        _named_once(self.budgets)
         of_type(Event, event=self.event)
         validate.count(uses=self.uses)
         label(unit=self.unit)
@@ -116,6 +113,40 @@ class Ask:
     def names(self) -> frozenset[str]:
         """What it locks."""
         return frozenset(self.budgets)
+
+
+@dataclass(frozen=True, slots=True)
+class Unprotected:
+    """Ask to record one read of private data as it is. It spends nothing: no price covers it.
+
+    ``note``: the reason. There is no sensitivity, so it is about no neighboring relation.
+    """
+
+    event: ClassVar[Event] = NonPrivate()
+    uses: ClassVar[int] = 1
+    budgets: tuple[str, ...]
+    unit: str
+    activity: str
+    note: str
+
+    def __post_init__(self) -> None:
+        _named_once(self.budgets)
+        label(unit=self.unit)
+        label(activity=self.activity)
+        label(note=self.note)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What it locks."""
+        return frozenset(self.budgets)
+
+
+def _named_once(budgets: tuple[str, ...]) -> None:
+    of_type(tuple, budgets=budgets)
+    for budget in budgets:
+        label(budget=budget)
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise InvalidRequest(f"budgets must be named once each, got {budgets!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +287,7 @@ Request = (
     Anchor
     | Open
     | Close
+    | Unprotected
     | Charge
     | Correct
     | Reserve

@@ -70,6 +70,7 @@ class Statement:
         closed: Whether it admits nothing any more.
         spent: Each event that was charged or reserved and not returned, with its uses.
         superseded_by: Name of the budget that carries all of it, if there is one.
+        unprotected: Reads outside the guarantee: of private data as it is.
     """
 
     budget: Budget
@@ -83,6 +84,7 @@ class Statement:
     spent: tuple[tuple[Event, int], ...]
     closed: bool = False
     superseded_by: str | None = None
+    unprotected: int = 0
 
 
 def read_statement(snapshot: Snapshot, name: str) -> Statement:
@@ -190,6 +192,7 @@ def _fold(
         tuple((seq, hold.uses, hold.marked) for seq, (_, hold) in reserved.items()),
         tuple((events[event], times) for event, times in spent.items() if times),
         any(line.entry.kind is Kind.CLOSE for line in lines),
+        unprotected=sum(line.entry.kind is Kind.UNPROTECTED for line in lines),
     )
 
 

@@ -31,11 +31,14 @@ from accountant.entries import (
     unpack,
 )
 from accountant.errors import LedgerCorrupt
+from accountant.requests import Unprotected
 from accountant.stores.rows import BudgetRow, unpack_lanes
 from accountant.stores.snapshot import Snapshot
 from dp import DPError, Price
 from dp.accountings import limits_hold
-from dp.codec import decode, digest
+from dp.codec import decode, digest, encode
+
+_UNPROTECTED = digest(encode(Unprotected.event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,14 @@ class Checked:
         entries: How many entries were replayed.
         head: Digest that the replay ended on, in hexadecimal.
         problems: What is wrong, the first bad entry first; empty if it is clean.
+        unprotected: How many of the entries are reads outside the guarantee.
     """
 
     budget: str
     entries: int
     head: str
     problems: tuple[str, ...]
+    unprotected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class _Replayed:
     head: bytes = GENESIS
     time: int = 0
     closed: bool = False
+    unprotected: int = 0
     prices: dict[bytes, Price] = field(default_factory=dict)
     spends: dict[int, bytes] = field(default_factory=dict)
     reserved: dict[int, Hold] = field(default_factory=dict)
@@ -210,7 +216,7 @@ def _verify_budget(snapshot: Snapshot, name: str, across: _Across) -> Checked:
     ) as error:
         said = str(error) if isinstance(error, LedgerCorrupt | DPError) else repr(error)
         problems.append(f"entry {replayed.seq + 1}: {said}")
-    return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems))
+    return Checked(name, replayed.seq, replayed.head.hex(), tuple(problems), replayed.unprotected)
 
 
 def _problems(
@@ -279,6 +285,12 @@ def _problems(
                 yield f"entry {seq}: its event {entry.event.hex()} is not stored"
         elif entry.event not in prices:
             yield f"entry {seq}: its event {entry.event.hex()} is not stored"
+        elif kind is Kind.UNPROTECTED:
+            replayed.unprotected += 1
+            if replayed.closed:
+                yield f"entry {seq}: the budget was closed before"
+            if (entry.event, entry.uses) != (_UNPROTECTED, Unprotected.uses) or not entry.note:
+                yield f"entry {seq}: is not one read outside the guarantee, with its reason"
         else:
             hold = reserved.get(entry.reservation)
             if hold is None or not hold.open or hold.event != entry.event:

@@ -197,6 +197,19 @@ def test_several_datasets_and_a_quota_at_once_with_a_reservation(books):
     assert dict(books.statement("team").spent) == {PureDP(0.1): 2, PureDP(0.01): 20}
 
 
+def test_a_read_outside_the_guarantee_is_in_every_chain_and_in_no_lane(books):
+    books.create_quota("team", pure(3.0), of="tips")
+    receipt = books.record_unprotected(("tips", "team"), **ASK, note="ticket 7")
+    assert [each.budget for each in (receipt, *receipt.linked)] == ["tips", "team"]
+    first, second = entries(books, "tips")[1], entries(books, "team")[1]
+    assert (first.kind, second.kind) == (Kind.UNPROTECTED, Kind.UNPROTECTED)
+    assert (first.chains, second.link.hex()) == (2, receipt.digest)
+    for name, fit in (("tips", 9), ("team", 2)):
+        statement = books.statement(name)
+        assert (statement.unprotected, statement.refused, statement.spent) == (1, 0, ())
+        assert (statement.share, books.uses_that_fit(name, ONE)) == (0.0, fit)
+
+
 @pytest.mark.parametrize("names", [(), ("tips", "tips"), ("tips", 3), ("tips", "absent")])
 def test_budgets_that_cannot_be_charged_together(books, names):
     with pytest.raises((InvalidRequest, UnknownBudget)):
@@ -351,6 +364,7 @@ def script(seed):
                 lambda a: act(a, lambda _, h: h.void()),
                 lambda a: act(a, lambda a, h: handles.append(a.adopt(h.holds, h.event))),
                 lambda a, e=event: a.correct("news", e, **ASK) and None,
+                lambda a, b=budget: a.record_unprotected(b, **ASK, note="ticket 7"),
             ]
         )
     yield lambda a: a.create_budget(

@@ -244,6 +244,8 @@ def test_a_role_that_cannot_rewrite(new_database, run):
             accountant.charge("tips", PureDP(1.0), key="k", **ASK)
             accountant.keep_answer("tips", "k", b"spam")
             accountant.reserve("tips", PureDP(1.0), uses=2, **ASK).mark()
+            accountant.record_unprotected("tips", **ASK, note="ticket 7")
+            assert accountant.statement("tips").unprotected == 1
             assert accountant.verify().clean
             for statement in (
                 "DELETE FROM epsledger_entry",
