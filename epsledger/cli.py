@@ -291,6 +291,7 @@ def show(name: str, ledger: str) -> None:
         f"used {statement.share:.2%} of the limits in {statement.seq} entries,"
         f" {statement.refused} refused"
     )
+    click.echo(f"reads outside the guarantee: {statement.unprotected}")
     table = Table("activity", "uses", "share of the limit", "refused")
     for activity in statement.activities:
         _add_row(

@@ -90,6 +90,7 @@ def verify(ledger: str, **evidence: Any) -> None:
         state = "clean" if not checked.problems else f"{len(checked.problems)} problems"
         click.echo(
             f"{checked.budget}: {checked.entries} entries, head {checked.head[:16]}, {state}"
+            f", reads outside the guarantee: {checked.unprotected}"
         )
         for problem in checked.problems:
             click.echo(f"  {problem}", err=True)

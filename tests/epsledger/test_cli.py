@@ -107,6 +107,19 @@ def test_log(news, ledger):
     assert "Gaussian(noise_multiplier=50.0)" in told
 
 
+def test_reads_outside_the_guarantee_are_shown(news, ledger):
+    assert "reads outside the guarantee: 0" in news("budget", "show", "news")
+    with Accountant.open(ledger) as accountant:
+        accountant.record_unprotected("news", unit="article", activity="raw", note="ticket 7")
+    shown = news("budget", "show", "news")
+    assert "reads outside the guarantee: 1" in shown
+    assert "0 refused" in shown
+    line = next(line for line in news("ledger", "log", "news").splitlines() if "raw" in line)
+    assert "unprotected" in line
+    assert "NonPrivate()" in line
+    assert "clean, reads outside the guarantee: 1" in news("ledger", "verify")
+
+
 def test_verify_clean_and_tampered(news, ledger):
     charge(ledger, 7)
     told = news("ledger", "verify")
