@@ -39,6 +39,10 @@ NOT_COVERED = (
     "Floating-point effects in the noise, and the time that an answer takes.",
     "Whoever can read the raw data, or the memory and disk of the hosts that process it.",
 )
+UNPROTECTED = (
+    "Whoever made them saw private data as it is. The guarantee is about everybody else, as long"
+    " as they keep it for themselves: neither told, nor used to choose what is run next."
+)
 
 
 def document(statement: Statement, verification: Verification, *, now: datetime) -> dict[str, Any]:
@@ -102,6 +106,7 @@ def document(statement: Statement, verification: Verification, *, now: datetime)
             "if_fixed_in_advance": _if_fixed(statement),
         },
         "events": _events(statement),
+        "unprotected": _unprotected(statement),
         "refusals": _refusals(statement),
         "burn_down": _burn_down(statement),
         "operations": [
@@ -174,6 +179,23 @@ def _events(statement: Statement) -> list[dict[str, Any]]:
         {"event": event, "activity": activity, "uses": count}
         for (event, activity), count in sorted(uses.items())
     ]
+
+
+def _unprotected(statement: Statement) -> dict[str, Any]:
+    lines = [line for line in statement.lines if line.entry.kind is Kind.UNPROTECTED]
+    return {
+        "total": statement.unprotected,
+        "meaning": UNPROTECTED,
+        "reads": [
+            {
+                "seq": line.entry.seq,
+                "time": _stamp(line),
+                "activity": line.entry.activity,
+                "reason": line.entry.note,
+            }
+            for line in lines
+        ],
+    }
 
 
 def _refusals(statement: Statement) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from jinja2 import Environment
 from accountant import Accountant, BudgetExceeded
 from dp import Gaussian, Laplace, PoissonSampled, PureDP, adaptive, planned, pure
 from reports import ReportError, document, write_report
+from reports.html import page
 
 SCHEMA = json.loads((files("reports") / "schema" / "report-1.json").read_text())
 STEP = PoissonSampled(0.01, Gaussian(1.0))
+NO_PLOTS = {"burn-down": b"", "activities": b""}
 
 
 @pytest.fixture
@@ -129,6 +131,49 @@ def test_what_callers_wrote_is_escaped(spent, tmp_path):
     assert "<b>" in Environment(autoescape=False).from_string("{{ x }}").render(x="<b>")  # noqa: S701
 
 
+def test_reads_outside_the_guarantee_are_counted_and_each_is_listed(spent):
+    before = content(spent)
+    assert (before["unprotected"]["total"], before["unprotected"]["reads"]) == (0, [])
+    for reason in ("ticket 7", "<b>audit</b>"):
+        spent.record_unprotected("news", unit="article", activity="raw", note=reason)
+    report = content(spent)
+    jsonschema.validate(report, SCHEMA)
+    reads = report["unprotected"]["reads"]
+    assert report["unprotected"]["total"] == len(reads) == 2
+    assert [(read["activity"], read["reason"]) for read in reads] == [
+        ("raw", "ticket 7"),
+        ("raw", "<b>audit</b>"),
+    ]
+    lines = spent.statement("news").lines[-2:]
+    assert [read["seq"] for read in reads] == [line.entry.seq for line in lines]
+    for line, read in zip(lines, reads, strict=True):
+        assert datetime.fromisoformat(read["time"]).timestamp() == line.entry.time // 10**6
+    for member in ("spend", "events", "guarantee"):
+        assert report[member] == before[member]
+    assert report["refusals"]["total"] == 3
+    assert not any(point["refusal"] for point in report["burn_down"][-2:])
+    assert [row["kind"] for row in report["operations"][-2:]] == ["unprotected"] * 2
+    shown = page(report, NO_PLOTS)
+    assert "<h2>Reads outside the guarantee: 2</h2>" in shown
+    assert report["unprotected"]["meaning"] in shown
+    assert "ticket 7" in shown
+    assert "&lt;b&gt;audit" in shown
+    assert "<b>" not in shown
+
+
+def test_more_reads_than_the_last_operations_are_all_listed(accountant):
+    for number in range(250):
+        accountant.record_unprotected("news", unit="article", activity="raw", note=f"{number}")
+    reads = content(accountant)["unprotected"]["reads"]
+    assert [read["reason"] for read in reads] == [f"{number}" for number in range(250)]
+
+
+def test_a_report_without_reads_says_so(spent):
+    shown = page(content(spent), NO_PLOTS)
+    assert "<h2>Reads outside the guarantee: 0</h2>" in shown
+    assert "saw private data" not in shown
+
+
 def test_a_tampered_ledger_is_shouted(spent, tmp_path):
     with sqlite3.connect(tmp_path / "ledger.db") as database:
         database.execute("DROP TRIGGER epsledger_entry_update")
@@ -199,5 +244,6 @@ def test_a_superseding_budget_and_a_quota_say_so(tmp_path):
     assert "it admits nothing any more" in reports["old"][1]
     assert reports["new"][0]["budget"]["supersedes"] == "old"
     assert "without regard to what had been released" in reports["new"][0]["guarantee"]
+    assert "Those under old, which it supersedes, are in that budget" in reports["new"][1]
     assert reports["team"][0]["guarantee"].startswith("None by itself")
     assert "sha256:aa" in reports["new"][1]
