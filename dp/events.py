@@ -35,6 +35,7 @@ from dp.mechanisms import (
     GumbelTopK,
     Laplace,
     PermuteAndFlip,
+    PerUnitFilter,
     ProposeTestRelease,
     PureDP,
     RandomizedResponse,
@@ -212,6 +213,7 @@ Atomic = (
     | PermuteAndFlip
     | SparseVector
     | ProposeTestRelease
+    | PerUnitFilter
     | PoissonSampled
     | FixedSizeSampled
     | ShuffledEpoch

@@ -269,6 +269,29 @@ class ProposeTestRelease:
         )
 
 
+# --- budgets of single units ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PerUnitFilter:
+    """A whole session in which every unit is held to mu: an individual privacy filter.
+
+    Each release is mu_i-GDP towards a unit, where mu_i depends on that unit, the outputs released
+    so far and public queries alone. A unit takes part only while its sum of mu_i**2, the next
+    release included, is at most mu**2; one without room is left out silently, and nothing that
+    is released depends on who has room in any other way. The session may have any number of
+    releases.
+
+    Attributes:
+        mu: Gaussian-DP parameter that every unit is held to.
+    """
+
+    mu: float
+
+    def __post_init__(self) -> None:
+        checked(self, mu=validate.positive)
+
+
 # --- training runs with correlated noise ---------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ from dp.mechanisms import (
     GumbelTopK,
     Laplace,
     PermuteAndFlip,
+    PerUnitFilter,
     ProposeTestRelease,
     PureDP,
     RandomizedResponse,
@@ -216,6 +217,10 @@ def _repeat_and_select_poisson(event: RepeatAndSelectPoisson, cost: Inner) -> Co
 
 
 def _repeated_run(event: Atomic, run: Event, cost: Inner) -> Cost:
+    if any(isinstance(part, PerUnitFilter) for part in parts(run)):
+        raise UnsupportedEvent(
+            event, "a per-unit filter is an interactive session, and only single runs are selected"
+        )
     inner = cost(run)
     if inner.delta:
         raise UnsupportedEvent(event, "a run with a delta of its own is not priced in a selection")
@@ -362,6 +367,16 @@ ROWS: dict[type[Any], Row] = {
         "Dwork, Lei 2009",
         delta="d",
         slot="randomized response, d revealed",
+    ),
+    PerUnitFilter: Row(
+        lambda e, _: _gaussian(e.mu * e.mu),
+        "a m²/2",
+        "m²",
+        "",
+        "Feldman, Zrnic 2021, Thm 4.5; Koskela, Tobaben, Honkela 2023 (individual Gaussian DP)",
+        relations=(ADD_REMOVE,),
+        refused="replacing a unit moves two of them, each held to mu",
+        slot="Gaussian",
     ),
     PoissonSampled: Row(
         _poisson_sampled,

@@ -24,6 +24,7 @@ from dp import (
     Laplace,
     NeighboringRelation,
     PermuteAndFlip,
+    PerUnitFilter,
     PoissonSampled,
     ProposeTestRelease,
     PureDP,
@@ -101,7 +102,8 @@ sampled = st.builds(PoissonSampled, proper, nested(gaussians | pures))
 selected = st.builds(
     RepeatAndSelect, gaussians | sampled, st.floats(-0.9, 3.0), st.floats(1e-3, 0.99)
 ) | st.builds(RepeatAndSelectPoisson, gaussians | sampled, st.floats(1.0, 100.0))
-atoms = gaussians | pures | others | sampled | selected
+filters = positive(1e-3, 1e3).map(PerUnitFilter)
+atoms = gaussians | pures | others | filters | sampled | selected
 events = nested(atoms)
 
 of_replacing = (

@@ -8,7 +8,7 @@ from dp_accounting import pld, rdp
 from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from mpmath import mp, mpf
 
-from dp import Event, Gaussian, PoissonSampled, adaptive
+from dp import Event, Gaussian, PerUnitFilter, PoissonSampled, adaptive, planned
 from dp.conversions import gaussian_delta, gaussian_mu, renyi_limit, renyi_to_epsilon
 from dp.costs import cost
 from dp.filters import ORDERS
@@ -240,6 +240,15 @@ def test_the_optimum_itself(event: Gaussian, epsilon: float, optimum: int) -> No
         per_use = 1 / mpf(event.noise_multiplier)
         assert oracles.gaussian_delta(epsilon, per_use * mp.sqrt(optimum)) <= 1e-6 * 1.003
         assert oracles.gaussian_delta(epsilon, per_use * mp.sqrt(optimum + 2)) > 1e-6
+
+
+def test_a_filter_takes_what_one_gaussian_takes() -> None:
+    """At epsilon 3 and delta 1e-6 that is mu = 0.647727 (Balle and Wang, Theorem 8)."""
+    budget = planned(3.0, 1e-6, slots=[])
+    unspent = (0,) * len(budget.limits)
+    assert budget.uses_that_fit(unspent, budget.price(PerUnitFilter(0.64772))) == 1
+    assert budget.uses_that_fit(unspent, budget.price(PerUnitFilter(0.64773))) == 0
+    assert budget.price(PerUnitFilter(0.25)) == budget.price(Gaussian(4.0))
 
 
 def test_the_tutorial_if_fixed_in_advance() -> None:

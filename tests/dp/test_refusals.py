@@ -19,12 +19,14 @@ from dp import (
     MalformedEvent,
     NeighboringRelation,
     NonPrivate,
+    PerUnitFilter,
     PoissonSampled,
     PureDP,
     RandomizedResponse,
     RepeatAndSelect,
     RepeatAndSelectPoisson,
     Repeated,
+    ShuffledEpoch,
     SparseVector,
     UnsupportedEvent,
     adaptive,
@@ -296,6 +298,7 @@ def test_calibration_that_finds_nothing() -> None:
 
 
 REPLACE = NeighboringRelation.REPLACE_ONE
+SESSION = PerUnitFilter(1.0)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +329,30 @@ def test_a_delta_inside_what_has_no_row_for_it(event: Event) -> None:
     with pytest.raises(UnsupportedEvent, match="delta of its own") as caught:
         cost(event, REPLACE)
     assert caught.value.event == event
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (PoissonSampled(0.5, SESSION), "sampling is priced under"),
+        (PoissonSampled(0.5, Composed((Gaussian(1.0), SESSION))), "sampling is priced under"),
+        (RepeatAndSelect(SESSION, 1.0, 0.5), "only single runs are selected"),
+        (RepeatAndSelect(Composed((Gaussian(1.0), SESSION)), 1.0, 0.5), "only single runs"),
+        (RepeatAndSelectPoisson(Repeated(SESSION, 2), 2.0), "only single runs are selected"),
+        (RepeatAndSelect(RepeatAndSelectPoisson(SESSION, 2.0), 1.0, 0.5), "only single runs"),
+    ],
+)
+def test_a_session_inside_what_takes_single_runs(event: Event, why: str) -> None:
+    with pytest.raises(UnsupportedEvent, match=why):
+        cost(event)
+    assert cost(Composed((SESSION, Gaussian(1.0)))).mu_squared == 2.0  # beside others it is fine
+
+
+@pytest.mark.parametrize("event", [FixedSizeSampled(1, 10, SESSION), ShuffledEpoch(SESSION)])
+def test_a_session_under_replacement(event: Event) -> None:
+    with pytest.raises(UnsupportedEvent, match="replacing a unit moves two") as caught:
+        cost(event, REPLACE)
+    assert caught.value.event == SESSION
 
 
 @pytest.mark.parametrize("sigma", [1e-160, 1e-154])

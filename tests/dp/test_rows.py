@@ -36,6 +36,7 @@ from dp import (
     Laplace,
     NonPrivate,
     PermuteAndFlip,
+    PerUnitFilter,
     PoissonSampled,
     ProposeTestRelease,
     PureDP,
@@ -437,6 +438,49 @@ def banded(draw: Draw) -> Case:
     return event, lambda order: normals(sigma / longest, order)
 
 
+def fits(spent: float, asked: float, limit: float) -> bool:
+    return spent + asked <= limit
+
+
+def session(
+    draw: Draw, mu: float, fits: Callable[[float, float, float], bool]
+) -> Callable[[int], Pair]:
+    """One unit in a filtered session of Gaussian sums with unit noise, up to six of them.
+
+    How long its vectors are depends on the first output, by pieces: the first sum is released,
+    then those of its piece, one after another, without the unit where it has no room. Given the
+    first output, what the others tell is one Gaussian of all the lengths that were paid.
+    """
+    limit = mu * mu
+    first = limit * draw.choice([0.0, 1.0, draw.uniform()])
+    cuts = np.sort(draw.normal(mu / 2, 1, int(draw.integers(0, 4))))
+    shifts = []
+    for _ in range(len(cuts) + 1):
+        spent = first
+        for share in draw.dirichlet(np.ones(5)) * draw.choice([1.0, 2.0, 5.0]):
+            # A unit that spends on purpose takes what is left to the last bit.
+            asked = limit - spent if draw.random() < 0.3 else share * limit
+            if fits(spent, asked, limit):
+                spent += asked
+        shifts.append(math.sqrt(spent - first))
+
+    def of_order(order: int) -> Pair:
+        ends, step = (order * mu + 13, 0.4) if order else (7.5, 0.05)
+        at, weights = panels(-ends, ends, int(ends * (1.2 if order else 8)), cuts)
+        shift = np.array(shifts)[np.searchsorted(cuts, at)][:, None]
+        then = np.arange(-ends, ends, step)
+        without = np.add.outer(norm.logpdf(at), norm.logpdf(then))
+        within = norm.logpdf(at, math.sqrt(first))[:, None] + norm.logpdf(then, shift)
+        return Pair(within, without, np.outer(weights, np.full(len(then), step)))
+
+    return of_order
+
+
+def per_unit_filter(draw: Draw) -> Case:
+    mu = log_uniform(draw, 0.01, 0.8)
+    return PerUnitFilter(mu), session(draw, mu, fits)
+
+
 def best_of(epsilon: float, generating: Callable[[float], float]) -> Pair:
     """Released: the better of two scores that a response gave, over K runs; or nothing, if K = 0."""
 
@@ -491,6 +535,7 @@ EXPLICIT: dict[type, Callable[[Draw], Case]] = {
     BandedMatrixFactorization: banded,
     RepeatAndSelect: selected,
     RepeatAndSelectPoisson: selected_poisson,
+    PerUnitFilter: per_unit_filter,
 }
 
 
@@ -624,6 +669,10 @@ CONTROLS: dict[str, tuple[type, Callable[[Event], Cost]]] = {
         DiscreteGaussian,
         lambda e: Cost(lambda a: a / 2.002 / e.noise_multiplier**2),
     ),
+    "what half of the units' budget pays": (
+        PerUnitFilter,
+        lambda e: own_price(PerUnitFilter(0.7 * e.mu)),
+    ),
     "a Laplace as a Gaussian of its standard deviation": (
         Laplace,
         lambda e: own_price(Gaussian(1.5 * e.noise_multiplier)),
@@ -634,3 +683,31 @@ CONTROLS: dict[str, tuple[type, Callable[[Event], Cost]]] = {
 @pytest.mark.parametrize("control", CONTROLS)
 def test_controls(control: str) -> None:
     broken(*CONTROLS[control])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.03])
+@pytest.mark.parametrize("order", [2, 8, 24])
+def test_a_unit_that_spends_all_is_told_apart_as_by_one_gaussian(share: float, order: int) -> None:
+    mu = 0.8
+    sizes = (mu * math.sqrt(share), mu * math.sqrt(1 - share))
+    both = normals(1 / sizes[0], order).and_then(normals(1 / sizes[1], order))
+    assert both.renyi(order) == pytest.approx(normals(1 / mu, order).renyi(order), rel=1e-9)
+    assert own_price(PerUnitFilter(mu)).renyi(order) == pytest.approx(both.renyi(order), rel=1e-9)
+    assert own_price(PerUnitFilter(mu)).mu_squared == pytest.approx(1 / (1 / mu) ** 2)
+
+
+@pytest.mark.parametrize(
+    "broken_fits",
+    [
+        lambda spent, _, limit: spent <= limit,  # looks before it adds
+        lambda _, asked, limit: asked <= limit,  # each release by itself
+        lambda spent, asked, limit: spent + asked <= 1.1 * limit,  # a tenth more
+    ],
+)
+def test_control_that_a_filter_that_lets_through_too_much_is_seen(broken_fits) -> None:
+    draw = np.random.default_rng(5)
+    with pytest.raises(Below):
+        for _ in range(200):
+            mu = log_uniform(draw, 0.05, 0.8)
+            case = PerUnitFilter(mu), session(draw, mu, broken_fits)
+            list(excesses(case, PerUnitFilter, draw, own_price))
