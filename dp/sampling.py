@@ -2,8 +2,8 @@
 
 Only the guards in :mod:`retrieval` may import this module; a lint contract holds them to it.
 Randomness comes from the operating system. :func:`discrete_laplace` and :func:`discrete_gaussian`
-draw integers from exactly the distribution they state. :func:`gaussian` is fast and rounds to
-doubles; what that leaves open is stated in docs/known-limitations.md.
+draw integers from exactly the distribution they state. :func:`gaussian` and :func:`gumbel` are fast
+and round to doubles; what that leaves open is stated in docs/known-limitations.md.
 
 [1] Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential Privacy" (2020),
     arXiv:2004.00010, Algorithms 1 to 3.
@@ -46,11 +46,46 @@ def gaussian(size: int, standard_deviation: float) -> NDArray[np.float64]:
     standard_deviation = validate.positive(standard_deviation=standard_deviation)
     if standard_deviation > 1e300:
         raise InvalidParameter("standard_deviation", standard_deviation, "at most 1e300")
-    high, low = np.frombuffer(os.urandom(16 * validate.count(size=size)), "<u8").reshape(2, size)
-    tail = ((high >> np.uint64(1)) + (low + 0.5) * 2.0**-64) * 2.0**-64
-    sign = 1.0 - 2.0 * (high & np.uint64(1))
-    noise: NDArray[np.float64] = sign * ndtri(tail) * standard_deviation
+    tail, upper = _tails(validate.count(size=size))
+    noise: NDArray[np.float64] = (1.0 - 2.0 * upper) * ndtri(tail) * standard_deviation
     return noise
+
+
+def gumbel(size: int, scale: float) -> NDArray[np.float64]:
+    """Return independent Gumbel variates of mode 0, each rounded to a double.
+
+    The candidate of largest score + gumbel is drawn with probability proportional to
+    exp(score / scale): the exponential mechanism. That holds for real numbers. With doubles, two
+    sums can be equal, about once in 2**50 draws, and candidates of next to no probability are
+    never drawn: see "Floating point" in docs/known-limitations.md. Release the winner alone,
+    never a noisy score.
+
+    Args:
+        size: How many.
+        scale: Of each of them; the standard deviation is 1.28 times as much.
+
+    Returns:
+        Array of shape (size,), by inversion from 127 bits of either tail: finite, from -4.5 to
+        89.5 scales.
+
+    >>> gumbel(3, 2.0).shape
+    (3,)
+    """
+    scale = validate.positive(scale=scale)
+    if scale > 1e300:
+        raise InvalidParameter("scale", scale, "at most 1e300")
+    tail, upper = _tails(validate.count(size=size))
+    # Both are computed for all, so that the time does not tell which one was taken.
+    exponential = np.where(upper, -np.log1p(-tail), -np.log(tail))
+    noise: NDArray[np.float64] = -np.log(exponential) * scale
+    return noise
+
+
+def _tails(size: int) -> tuple[NDArray[np.float64], NDArray[np.bool]]:
+    """Return uniform variates in (0, 1/2], of 127 bits, and a fair coin for each."""
+    high, low = np.frombuffer(os.urandom(16 * size), "<u8").reshape(2, size)
+    tail = ((high >> np.uint64(1)) + (low + 0.5) * 2.0**-64) * 2.0**-64
+    return tail, (high & np.uint64(1)).astype(bool)
 
 
 def discrete_laplace(scale: float | Fraction) -> int:

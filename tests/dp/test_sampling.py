@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from dp import InvalidParameter, sampling
-from dp.sampling import discrete_gaussian, discrete_laplace, gaussian
+from dp.sampling import discrete_gaussian, discrete_laplace, gaussian, gumbel
 
 FALSE_ALARM = 1e-6
 SIZE = 100_000
@@ -111,6 +111,88 @@ def test_tails_reach_past_twelve_standard_deviations(monkeypatch) -> None:
 def test_the_other_end_is_zero(monkeypatch) -> None:
     monkeypatch.setattr("dp.sampling.os.urandom", lambda size: b"\xff" * size)
     assert gaussian(1, 1.0)[0] == 0
+
+
+def looks_gumbel(sample: np.ndarray, scale: float) -> bool:
+    return stats.ks_1samp(sample, stats.gumbel_r(scale=scale).cdf).pvalue >= FALSE_ALARM
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-3, 1.0, 7.5, 1e300])
+def test_it_is_gumbel(scale: float) -> None:
+    assert looks_gumbel(gumbel(SIZE, scale), scale)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: gumbel(SIZE, 0.9),
+        lambda: gumbel(SIZE, 1.1),
+        lambda: gumbel(SIZE, 1.0) + 0.05,
+        lambda: -gumbel(SIZE, 1.0),
+        lambda: np.euler_gamma + gaussian(SIZE, np.pi / 6**0.5),  # of the same mean and variance
+    ],
+)
+def test_control_that_another_law_is_not_gumbel(wrong) -> None:
+    assert not looks_gumbel(wrong(), 1.0)
+
+
+def test_calls_of_gumbel_are_independent() -> None:
+    first, second = gumbel(SIZE, 1.0), gumbel(SIZE, 1.0)
+    assert independent(first, second)
+    assert independent(first[1:], first[:-1])
+    assert len(np.unique(np.concatenate([first, second]))) > 2 * SIZE - 10
+
+
+def test_both_tails_of_gumbel_are_right() -> None:
+    noise = gumbel(20 * SIZE, 1.0)
+    assert np.isfinite(noise).all()
+    law = stats.gumbel_r()
+    for beyond in (1.0, 5.0, 9.0):
+        found = stats.binomtest(int((noise > beyond).sum()), len(noise), law.sf(beyond))
+        assert found.pvalue >= FALSE_ALARM
+    for below in (0.0, -1.0, -2.0):
+        found = stats.binomtest(int((noise < below).sum()), len(noise), law.cdf(below))
+        assert found.pvalue >= FALSE_ALARM
+
+
+def wins(scores: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    return np.bincount((scores + noise.reshape(-1, len(scores))).argmax(axis=1))
+
+
+def test_the_largest_noisy_score_is_drawn_as_the_exponential_mechanism_says() -> None:
+    scores, scale = np.array([3.0, 2.0, 2.0, 0.0, -1.0]), 1.5
+    chances = np.exp(scores / scale) / np.exp(scores / scale).sum()
+    drawn = wins(scores, gumbel(5 * SIZE, scale))
+    assert stats.chisquare(drawn, SIZE * chances).pvalue >= FALSE_ALARM
+    other = wins(scores, gumbel(5 * SIZE, 1.1 * scale))
+    assert stats.chisquare(other, SIZE * chances).pvalue < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("bits", "value"),
+    [  # the coin is the lowest bit of the first word
+        (bytes(16), -4.4933),  # -log(129 log 2)
+        (b"\x01" + bytes(15), 89.416),  # 129 log 2
+        (b"\xfe" + b"\xff" * 15, 0.3665),  # the median, from below
+        (b"\xff" * 16, 0.3665),  # and from above: -log(log 2)
+    ],
+)
+def test_the_ends_of_gumbel_are_finite(monkeypatch, bits: bytes, value: float) -> None:
+    monkeypatch.setattr("dp.sampling.os.urandom", lambda _: bits)
+    assert gumbel(1, 1.0)[0] == pytest.approx(value, abs=1e-3)
+    assert np.isfinite(gumbel(1, 1e300)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.1e300, float("nan"), float("inf"), True])
+def test_scales_of_gumbel(scale) -> None:
+    with pytest.raises(InvalidParameter, match="scale"):
+        gumbel(3, scale)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_sizes_of_gumbel(size) -> None:
+    with pytest.raises(InvalidParameter, match="size"):
+        gumbel(size, 1.0)
 
 
 DRAWS = 20_000
