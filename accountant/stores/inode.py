@@ -13,6 +13,8 @@ import os
 import struct
 import sys
 
+from accountant.errors import LedgerUnavailable
+
 _STATX = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
 _AT_FDCWD, _STATX_INO, _STATX_BYTES = -100, 0x100, 256
 # struct statx of the kernel's ABI: stx_ino at 32, stx_dev_major and stx_dev_minor at 136
@@ -52,3 +54,33 @@ def inode(path: str) -> tuple[int, int] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
+
+
+def check_in_place(path: str, file: tuple[int, int] | None, log: tuple[int, int] | None) -> None:
+    """Raise if the files at an SQLite path are no longer the ones that are open.
+
+    Closing any other handle on the file in this process drops SQLite's locks; another
+    process may then take the write-ahead log away, and what is committed to it is lost.
+    A second name (hard link) would have a log of its own.
+
+    Args:
+        path: Of the database.
+        file: Device and inode of the database that is open.
+        log: Those of its write-ahead log, or None where it is not known yet.
+
+    Raises:
+        LedgerUnavailable: If one of them is another file now, or the database has two names.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a Path costs as much as the call
+        moved = (found.st_dev, found.st_ino) != file
+    except (FileNotFoundError, NotADirectoryError):
+        moved = True
+    if moved or (log is not None and inode(f"{path}-wal") != log):
+        raise LedgerUnavailable(
+            f"{path} or its write-ahead log was moved, deleted or replaced while it was"
+            " open; open it again, and never open, copy or hash the file in a process that"
+            " has it open as a ledger"
+        )
+    if found.st_nlink > 1:
+        raise LedgerUnavailable(f"{path} has a second name (hard link); remove that first")

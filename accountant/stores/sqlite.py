@@ -25,7 +25,7 @@ from sqlalchemy import URL, Connection, create_engine, event
 
 from accountant.errors import AccountantError, LedgerCorrupt, LedgerUnavailable, SchemaMismatch
 from accountant.notes import fsync_folder
-from accountant.stores.inode import inode
+from accountant.stores.inode import check_in_place, inode
 from accountant.stores.schema import (
     APPLICATION_ID,
     METADATA,
@@ -166,13 +166,7 @@ class SqliteStore(SqlStore):
     def _prepare(self, *, create: bool) -> str:
         if not create and not (Path(self.place).exists() and Path(self.place).stat().st_size):
             raise self._no_ledger()
-        kind = file_system(Path(self.place))
-        if kind in NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
-            raise LedgerUnavailable(
-                f"{self.place} is on a {kind} file system, where SQLite's locks may not hold; use"
-                " a local disk, or PostgreSQL for several hosts (EPSLEDGER_NETWORK_FILES=1 if you"
-                " know that its locks hold)"
-            )
+        check_local(self.place)
         with self.engine.connect() as connection:
             self._path = str(connection.exec_driver_sql("PRAGMA database_list").one()[2])
             if self._is_ledger(connection):
@@ -267,27 +261,8 @@ class SqliteStore(SqlStore):
         return LedgerUnavailable(f"{self.place}: {error}; nothing was charged")
 
     def _check_file(self) -> None:
-        """Raise if the files at the ledger's path are no longer the ones that are open.
-
-        Closing any other handle on the file in this process drops SQLite's locks; another
-        process may then take the write-ahead log away, and what is committed to it is lost.
-        A second name (hard link) would have a log of its own.
-        """
-        try:
-            found = os.stat(self._path)  # noqa: PTH116 - a Path costs as much as the call
-            moved = (found.st_dev, found.st_ino) != self._file
-        except (FileNotFoundError, NotADirectoryError):
-            moved = True
-        if moved or (self._log is not None and inode(f"{self._path}-wal") != self._log):
-            raise LedgerUnavailable(
-                f"{self._path} or its write-ahead log was moved, deleted or replaced while it was"
-                " open; open it again, and never open, copy or hash the file in a process that"
-                " has it open as a ledger"
-            )
-        if found.st_nlink > 1:
-            raise LedgerUnavailable(
-                f"{self._path} has a second name (hard link); remove that first"
-            )
+        """Raise if the files at the ledger's path are no longer the ones that are open."""
+        check_in_place(self._path, self._file, self._log)
 
 
 _OPEN: WeakSet[SqliteStore] = WeakSet()
@@ -300,6 +275,17 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def check_local(place: str) -> None:
+    """Raise LedgerUnavailable if the file is where SQLite's locks may not hold."""
+    kind = file_system(Path(place))
+    if kind in NETWORK_FILE_SYSTEMS and not os.environ.get("EPSLEDGER_NETWORK_FILES"):
+        raise LedgerUnavailable(
+            f"{place} is on a {kind} file system, where SQLite's locks may not hold; use"
+            " a local disk, or PostgreSQL for several hosts (EPSLEDGER_NETWORK_FILES=1 if you"
+            " know that its locks hold)"
+        )
 
 
 def file_system(path: Path) -> str:
@@ -329,6 +315,11 @@ def configure(connection: Any, _record: object) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     if tables and application != APPLICATION_ID:
         raise LedgerUnavailable("this is a database of another program, not a ledger")
+    make_durable(connection)
+
+
+def make_durable(connection: Any) -> None:
+    """Let every commit of a driver connection survive a power cut."""
     mode = _turn_to_wal(connection)
     if mode != "wal":
         raise LedgerUnavailable(f"SQLite answered journal mode {mode!r} instead of 'wal'")
