@@ -11,6 +11,7 @@
     ├── InvalidRequest        a request that cannot be recorded (also a ValueError)
     │   ├── UnitMismatch      the operation protects another unit or relation than the budget
     │   └── KeyReused         the idempotency key belongs to another request
+    ├── QueriesExhausted      a per-unit filter has answered as many queries as it may
     ├── ReleaseUnknown        the key was charged, but its answer was never stored
     ├── ReservationError      a reservation used by the wrong process or at the wrong time
     └── LedgerError           the ledger itself
@@ -146,6 +147,21 @@ class KeyReused(InvalidRequest):
     def __init__(self, key: str) -> None:
         super().__init__(f"key {key!r} was used for another request; use a new key")
         self.key = key
+
+
+class QueriesExhausted(AccountantError):
+    """A per-unit filter has answered as many queries as its cap says; a public number.
+
+    Attributes:
+        most_queries: The cap.
+    """
+
+    def __init__(self, most_queries: int) -> None:
+        super().__init__(
+            f"all {most_queries} queries of this per-unit filter are used up; open another one,"
+            " which is a new charge to the budget"
+        )
+        self.most_queries = most_queries
 
 
 class ReleaseUnknown(AccountantError):
