@@ -130,8 +130,11 @@ class Lease:
         self._began = 0.0
         self._open = True
 
-    def mark(self) -> None:
+    def mark(self) -> int:
         """Take one use. It is in the ledger; private data may be touched.
+
+        Returns:
+            The ``seq`` of the entry that reserved it, in the first of the budgets.
 
         Raises:
             BudgetExceeded: If no use is left in the budget.
@@ -144,6 +147,7 @@ class Lease:
                 self._refill()
             self._left -= 1
             self.marked += 1
+            return self._holds[0][1]
 
     def close(self) -> None:
         """Return the uses that were never marked, and end the lease."""

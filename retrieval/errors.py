@@ -3,8 +3,9 @@
 ::
 
     RetrievalError
-    ├── InvalidIndex   vectors, units or labels that no guarantee can be given for
-    └── InvalidQuery   a query that cannot be answered as asked; nothing was charged
+    ├── InvalidIndex        vectors, units or labels that no guarantee can be given for
+    ├── InvalidQuery        a query that cannot be answered as asked; nothing was charged
+    └── NoCorpusGuarantee   a read of private rows as they are, without a stated reason
 """
 
 from __future__ import annotations
@@ -22,3 +23,7 @@ class InvalidIndex(RetrievalError, ValueError):
 
 class InvalidQuery(RetrievalError, ValueError):
     """The query is malformed. Decided from the query alone; nothing was charged."""
+
+
+class NoCorpusGuarantee(RetrievalError):
+    """Rows as they are have no guarantee at any noise level. Nothing was read."""

@@ -1,5 +1,8 @@
 """The guard: no answer without a durable charge, no look at the corpus without one either."""
 
+from dataclasses import replace
+from itertools import islice
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +17,7 @@ from accountant import (
 )
 from dp import Gaussian, InvalidParameter, adaptive
 from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
+from retrieval.grid import on_grid
 
 
 class Watched(PrivateIndex):
@@ -22,11 +26,11 @@ class Watched(PrivateIndex):
     reads = 0
     accountant = None
 
-    def histogram(self, query, threshold):
+    def retrieved(self, query, threshold):
         self.reads += 1
         if self.accountant is not None:
             assert self.accountant.statement("b").activities[0].uses == self.reads
-        return super().histogram(query, threshold)
+        return super().retrieved(query, threshold)
 
 
 @pytest.fixture
@@ -54,13 +58,21 @@ def guard(accountant, index):
     return RetrievalGuard(accountant, "b", index, unit="article")
 
 
-QUERY = np.full(16, 0.25)
+QUERY, BASIS = np.full(16, 0.25), np.eye(16)[0]
+
+
+def queries():
+    """Different questions, without an end."""
+    rng = np.random.default_rng(7)
+    while True:
+        query = rng.normal(size=16) + 2
+        yield query / np.linalg.norm(query)
 
 
 def test_a_vote_is_paid_for_before_the_corpus_is_read(accountant, index, guard):
     index.accountant = accountant
-    for _ in range(5):
-        vote = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+    for query in islice(queries(), 5):
+        vote = guard.vote(query, threshold=0.3, noise_multiplier=20.0)
     assert index.reads == 5
     assert vote.seq == accountant.statement("b").seq
     assert sorted(vote.counts) == ["x", "y", "z"]
@@ -71,9 +83,9 @@ def test_the_control_that_reads_first_is_caught(accountant, index):
     """The watched index must fail a guard that scores before it charges."""
     index.accountant = accountant
     accountant.charge("b", _event(), unit="article", activity="retrieval/vote")
-    index.histogram(QUERY.astype(np.float32), 0.3)
+    index.histogram(on_grid(QUERY[None])[0], 0.3)
     with pytest.raises(AssertionError):
-        index.histogram(QUERY.astype(np.float32), 0.3)
+        index.histogram(on_grid(QUERY[None])[0], 0.3)
 
 
 def _event():
@@ -84,28 +96,28 @@ def test_it_answers_until_the_budget_refuses_and_reads_nothing_after(accountant,
     fit = accountant.uses_that_fit("b", _event())
     answered = 0
     with pytest.raises(BudgetExceeded) as refusal:
-        while True:
-            guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+        for query in queries():
+            guard.vote(query, threshold=0.3, noise_multiplier=20.0)
             answered += 1
     assert answered == index.reads == fit
     assert refusal.value.remaining == 0
-    for _ in range(10):
+    for shift in range(10):
         with pytest.raises(BudgetExceeded):
-            guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0)
+            guard.vote(np.roll(BASIS, shift), threshold=0.3, noise_multiplier=20.0)
     assert index.reads == fit
     assert accountant.statement("b").refused == 11
     assert accountant.verify().clean
 
 
 def test_the_noise_is_the_charged_one(accountant, index, guard):
-    exact = index.histogram(QUERY.astype(np.float32), 0.3)
+    exact = index.histogram(on_grid(QUERY[None])[0], 0.3)
+    asked = {"threshold": 0.3, "noise_multiplier": 15.0}
     accountant.create_budget("wide", adaptive(1000.0, 1e-6), unit="article")
     guard = RetrievalGuard(accountant, "wide", index, unit="article")
     noise = np.array(
         [
-            np.array(list(guard.vote(QUERY, threshold=0.3, noise_multiplier=15.0).counts.values()))
-            - exact
-            for _ in range(700)
+            np.array(list(guard.vote(QUERY, **asked, key=f"{n}").counts.values())) - exact
+            for n in range(700)
         ]
     ).ravel()
 
@@ -121,7 +133,8 @@ def test_the_noise_is_the_charged_one(accountant, index, guard):
 def test_labels_get_noise_of_their_own(accountant, index):
     accountant.create_budget("wide", adaptive(1000.0, 1e-6), unit="article")
     guard = RetrievalGuard(accountant, "wide", index, unit="article")
-    answers = [guard.vote(QUERY, threshold=0.3, noise_multiplier=15.0) for _ in range(400)]
+    asked = {"threshold": 0.3, "noise_multiplier": 15.0}
+    answers = [guard.vote(QUERY, **asked, key=f"{n}") for n in range(400)]
     counts = np.array([list(answer.counts.values()) for answer in answers])
     # Of 400 pairs, an independent correlation passes 0.3 with probability 1e-9; one draw has 1.
     assert np.abs(np.corrcoef(counts.T)[np.triu_indices(3, 1)]).max() < 0.3
@@ -140,7 +153,8 @@ def test_a_key_belongs_to_one_version_of_the_corpus(accountant, guard):
 def test_a_key_returns_the_same_answer_uncharged(accountant, index, guard):
     first = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
     seq = accountant.statement("b").seq
-    assert guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1") == first
+    again = guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
+    assert again == replace(first, replayed=True)
     assert (accountant.statement("b").seq, index.reads) == (seq, 1)
 
 
@@ -161,7 +175,7 @@ def test_an_answer_that_was_lost_is_not_drawn_again(accountant, index, guard, mo
         raise OSError("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(index, "histogram", crash)
+        patched.setattr(index, "retrieved", crash)
         with pytest.raises(OSError, match="gone"):
             guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
     assert accountant.statement("b").activities[0].uses == 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from retrieval import InvalidIndex, PrivateIndex
+from retrieval.grid import on_grid
 
 
 def unit_vectors(rows, dimensions, seed=0):
@@ -18,14 +19,14 @@ def build(vectors, units=None, labels=None, public_labels=("x", "y")):
 
 
 def test_histogram_against_brute_force():
-    vectors, query = unit_vectors(200, 16), unit_vectors(1, 16, 1)[0]
+    vectors, query = on_grid(unit_vectors(200, 16)), on_grid(unit_vectors(1, 16, 1))[0]
     units = [f"u{row % 60}" for row in range(200)]
     labels = ["x" if row % 60 % 3 else "y" for row in range(200)]
     index = build(vectors, units, labels)
     for threshold in (-1.0, 0.0, 0.2, 0.5, 1.0):
         best = {}
         for unit, label, vector in zip(units, labels, vectors, strict=True):
-            score = float(np.sum(vector.astype(np.float64) * query))
+            score = float(np.sum(vector.astype(np.float64) * query))  # exact on the grid
             best[unit] = max(best.get(unit, (-2.0, label)), (score, label))
         expected = [
             sum(label == wanted and score >= threshold for score, label in best.values())
@@ -37,7 +38,7 @@ def test_histogram_against_brute_force():
 def test_a_unit_with_many_rows_votes_once():
     vectors = np.repeat(unit_vectors(1, 8), 50, axis=0)
     index = build(vectors, ["same"] * 50, ["x"] * 50)
-    assert index.histogram(vectors[0], 0.9).tolist() == [1, 0]
+    assert index.histogram(on_grid(vectors)[0], 0.9).tolist() == [1, 0]
 
 
 def bits_changed(score, vectors, query, removed):
@@ -57,7 +58,10 @@ def test_no_other_row_s_score_depends_on_a_removed_row():
     for rows, dimensions in SHAPES:
         vectors, query = unit_vectors(rows, dimensions), unit_vectors(1, dimensions, 1)[0]
         removed = range(0, rows, 8)
-        assert bits_changed(lambda r, q: build(r)._scores(q), vectors, query, removed) == 0
+        on = on_grid(query[None])[0]
+        assert (
+            bits_changed(lambda r, q: build(r).retrieved(q, -1).scores, vectors, on, removed) == 0
+        )
         compared += (rows - 1) * len(removed)
     assert compared > 200_000
 
@@ -75,6 +79,7 @@ def test_the_control_of_row_independence_depends_on_other_rows():
 
 def test_removing_a_unit_changes_one_count_by_one():
     vectors, query = unit_vectors(300, 32), unit_vectors(1, 32, 1)[0]
+    query = on_grid(query[None])[0]
     whole = build(vectors).histogram(query, 0.1)
     seen = set()
     for row in range(300):
@@ -94,7 +99,7 @@ def test_removing_a_unit_changes_one_count_by_one():
         ({"vectors": [[1.0, 0.0], [0.0, 0.0]]}, "first is row 1"),
         ({"vectors": [1.0, 0.0]}, "shape"),
         ({"vectors": np.empty((0, 2))}, "shape"),
-        ({"units": ["a"]}, "one of each"),
+        ({"units": ["a"]}, "1 units: one of each"),
         ({"units": ["a", ""]}, "row 1 has no privacy unit"),
         ({"units": ["a", None]}, "row 1 has no privacy unit"),
         ({"labels": ["x", "z"]}, "not one of the public ones"),

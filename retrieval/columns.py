@@ -1,0 +1,176 @@
+"""The rows of an index as arrays, in order of their units: checked, joined, kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from retrieval.errors import InvalidIndex
+from retrieval.grid import checked_rows
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Positions = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Rows and units. NOT private.
+
+    Attributes:
+        rows: Array of shape (rows, dimensions), on the grid, in order of their units.
+        owners: The position of each row's unit.
+        names: The name of each unit, sorted.
+        labels: The label of each unit by its number, of shape (units,); (0,) without labels.
+        pairs: Array of shape (pairs, 2), sorted: a unit, and the number of a term that it has.
+    """
+
+    rows: Floats
+    owners: Positions
+    names: tuple[str, ...]
+    labels: Integers
+    pairs: Integers
+
+
+def checked(
+    vectors: ArrayLike,
+    *,
+    units: Sequence[str],
+    labels: Sequence[str] | None,
+    public_labels: tuple[str, ...],
+    terms: Sequence[Iterable[str]] | None,
+    public_terms: tuple[str, ...],
+) -> Columns:
+    """Return columns from what a caller gives, one of each for a row.
+
+    Raises:
+        InvalidIndex: If a guarantee could not be given for them; it says why, to the owner.
+    """
+    rows = checked_rows(vectors)
+    for name, column in (("units", units), ("labels", labels), ("terms", terms)):
+        if column is not None and len(column) != len(rows):
+            raise InvalidIndex(f"{len(rows)} vectors and {len(column)} {name}: one of each")
+    for row, unit in enumerate(units):
+        if not isinstance(unit, str) or not unit:
+            raise InvalidIndex(f"row {row} has no privacy unit: every row needs one, as text")
+    names = tuple(sorted(set(units)))
+    owners = _places(units, names)
+    return _ordered(
+        rows,
+        owners,
+        names,
+        _label_numbers(owners, names, labels, public_labels),
+        _term_pairs(owners, terms, public_terms),
+    )
+
+
+def joined(one: Columns, other: Columns) -> Columns:
+    """Return the rows of both; a unit of both has the rows and the terms of both.
+
+    Raises:
+        InvalidIndex: If a unit has two labels.
+    """
+    names = tuple(sorted({*one.names, *other.names}))
+    mine, theirs = _places(one.names, names), _places(other.names, names)
+    labels = np.full(len(names) if len(one.labels) else 0, -1, np.int64)
+    if len(labels):
+        labels[theirs] = other.labels
+        two = np.flatnonzero((labels[mine] != one.labels) & (labels[mine] >= 0))
+        if len(two):
+            raise InvalidIndex(f"unit {one.names[two[0]]!r} has two labels; give each unit one")
+        labels[mine] = one.labels
+    return _ordered(
+        np.concatenate([one.rows, other.rows]),
+        np.concatenate([mine[one.owners], theirs[other.owners]]),
+        names,
+        labels,
+        np.concatenate([_moved(one.pairs, mine), _moved(other.pairs, theirs)]),
+    )
+
+
+def without(columns: Columns, units: Iterable[str]) -> Columns:
+    """Return the rows of all other units.
+
+    Raises:
+        InvalidIndex: If none is left.
+    """
+    gone = set(units)
+    kept = np.array([name not in gone for name in columns.names], np.bool_)
+    if not kept.any():
+        raise InvalidIndex("no unit would be left")
+    places, rows = np.cumsum(kept) - 1, kept[columns.owners]
+    return Columns(
+        columns.rows[rows],
+        places[columns.owners[rows]],
+        tuple(name for name in columns.names if name not in gone),
+        columns.labels[kept] if len(columns.labels) else columns.labels,
+        _moved(columns.pairs[kept[columns.pairs[:, 0]]], places),
+    )
+
+
+def save(columns: Columns, folder: Path) -> None:
+    """Write the columns as files."""
+    for name in ("rows", "owners", "labels", "pairs"):
+        np.save(folder / f"{name}.npy", getattr(columns, name))
+    (folder / "names.json").write_text(json.dumps(columns.names), encoding="utf-8")
+
+
+def load(folder: Path) -> Columns:
+    """Return the columns of :func:`save`; rows stay in their file, mapped into memory."""
+    arrays = [
+        np.load(folder / f"{name}.npy", mmap_mode="r" if name == "rows" else None)
+        for name in ("rows", "owners", "labels", "pairs")
+    ]
+    names = tuple(json.loads((folder / "names.json").read_text(encoding="utf-8")))
+    rows, owners, labels, pairs = arrays
+    return Columns(rows, owners, names, labels, pairs)
+
+
+def _ordered(
+    rows: Floats, owners: Positions, names: tuple[str, ...], labels: Integers, pairs: Integers
+) -> Columns:
+    order = np.argsort(owners, kind="stable")
+    in_order = bool((np.diff(owners) >= 0).all())
+    return Columns(
+        rows if in_order else rows[order], owners[order], names, labels, np.unique(pairs, axis=0)
+    )
+
+
+def _places(units: Sequence[str], names: Sequence[str]) -> Positions:
+    place = {name: position for position, name in enumerate(names)}
+    return np.fromiter((place[unit] for unit in units), np.intp, len(units))
+
+
+def _moved(pairs: Integers, places: Positions) -> Integers:
+    return np.column_stack([places[pairs[:, 0]], pairs[:, 1]])
+
+
+def _label_numbers(
+    owners: Positions, names: Sequence[str], labels: Sequence[str] | None, public: tuple[str, ...]
+) -> Integers:
+    numbers = {label: number for number, label in enumerate(public)}
+    found = np.full(0 if labels is None else len(names), -1, np.int64)
+    for row, (owner, label) in enumerate(zip(owners, labels or (), strict=labels is not None)):
+        if label not in numbers:
+            raise InvalidIndex(f"row {row} has the label {label!r}, not one of the public ones")
+        if found[owner] not in (-1, numbers[label]):
+            raise InvalidIndex(f"unit {names[owner]!r} has two labels; give each unit one")
+        found[owner] = numbers[label]
+    return found
+
+
+def _term_pairs(
+    owners: Positions, terms: Sequence[Iterable[str]] | None, public: tuple[str, ...]
+) -> Integers:
+    numbers = {term: number for number, term in enumerate(public)}
+    pairs = [
+        (owner, numbers[term])
+        for owner, words in zip(owners, terms or (), strict=terms is not None)
+        for term in set(words) & numbers.keys()
+    ]
+    return np.array(pairs, np.int64).reshape(-1, 2)

@@ -1,0 +1,180 @@
+"""Answers in words: one call of a language model for each retrieved unit, and a private mean.
+
+[1] Amin, Bie, Kong, Kurakin, Ponomareva, Syed, Terzis, Vassilvitskii, "Private prediction for
+    large-scale synthetic text generation" (2024), arXiv:2407.12108.
+[2] Vinod, Pillutla, Thakurta, "InvisibleInk: high-utility and low-cost text generation with
+    differential privacy" (2025), arXiv:2507.02974 (clipping of differences, public support).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dp import ExponentialMechanism, sampling, validate
+from retrieval.errors import InvalidQuery
+
+_LOG = logging.getLogger(__name__)
+_FINE = 2.0**20
+"""Steps between 0 and the clipping norm: what is summed are integers, in any order the same."""
+T = TypeVar("T")
+U = TypeVar("U")
+
+Continuation = Callable[[int | None], NDArray[np.float32]]
+"""Takes the token before (None at first); returns the next one's logits, of shape (vocabulary,)."""
+
+
+class LanguageModel(Protocol):
+    """A model that continues prompts; what it says of one must not depend on other prompts.
+
+    That excludes batches of prompts: their products differ in the last bits with what else is in
+    the batch.
+    """
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, if there is one."""
+
+    def begin(self, prompt: str) -> Continuation:
+        """Return what continues this prompt."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How the next token is drawn from one public and many private distributions [1, 2].
+
+    The logits are l + sum over units of clip(l_u - l, -clip, clip) / divisor, with l those of the
+    public prompt; the token is drawn with probability proportional to exp(logits / temperature).
+
+    Attributes:
+        clip: Most that a unit may move a logit, times the divisor.
+        divisor: Public and fixed: how many units are expected, never how many were found.
+        temperature: Of the softmax.
+        top_k: Only tokens whose PUBLIC logit is within 2 * clip / divisor of the k-th largest are
+            drawn; all if None.
+
+    >>> Sampler(clip=2.0, divisor=32).event(swapped=False)
+    ExponentialMechanism(epsilon=0.125)
+    """
+
+    clip: float
+    divisor: float
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "divisor", "temperature"):
+            validate.positive(**{name: getattr(self, name)})
+        if self.top_k is not None:
+            validate.count(top_k=self.top_k)
+
+    def event(self, *, swapped: bool) -> ExponentialMechanism:
+        """Return what one token costs.
+
+        Args:
+            swapped: Whether one unit's leaving brings in another, which moves logits twice as far.
+        """
+        moved = 2 * self.clip / (self.divisor * self.temperature)
+        return ExponentialMechanism(moved * (2 if swapped else 1))
+
+    def draw(self, public: NDArray[np.float32], private: Iterable[NDArray[np.float32]]) -> int:
+        """Return the next token.
+
+        Args:
+            public: Logits of the public prompt, of shape (vocabulary,).
+            private: Those of each unit's prompt; where they are no numbers, they change nothing.
+
+        Raises:
+            InvalidQuery: If the public ones are no logits.
+        """
+        base = np.asarray(public, np.float64)
+        if base.ndim != 1 or np.isnan(base).any() or not np.isfinite(base.max(initial=-math.inf)):
+            raise InvalidQuery(f"the public logits, of shape {base.shape}, are not those of tokens")
+        total = np.zeros(len(base), np.int64)
+        for logits in private:
+            total += self._contribution(base, logits)
+        moved = base + total * (self.clip / self.divisor / _FINE)
+        if self.top_k is not None and self.top_k < len(base):
+            least = np.partition(base, -self.top_k)[-self.top_k] - 2 * self.clip / self.divisor
+            moved[base < least] = -math.inf
+        return int(np.argmax(moved / self.temperature + sampling.gumbel(len(moved), 1.0)))
+
+    def _contribution(
+        self, base: NDArray[np.float64], logits: NDArray[np.float32]
+    ) -> NDArray[np.int64]:
+        """Return a unit's clipped difference, in steps: a function of this unit alone."""
+        own = np.asarray(logits, np.float64)
+        if own.shape != base.shape:
+            return np.zeros(len(base), np.int64)
+        with np.errstate(invalid="ignore"):
+            difference = np.nan_to_num((own - base) / self.clip, nan=0.0)
+        return np.rint(np.clip(difference, -1, 1) * _FINE).astype(np.int64)
+
+
+def or_none(function: Callable[[T], U]) -> Callable[[T], U | None]:
+    """Return the function, with None for what it raises: whether it fails on a unit is private.
+
+    The owner finds the error in the log.
+    """
+
+    def guarded(unit: T) -> U | None:
+        try:
+            return function(unit)
+        except Exception:  # noqa: BLE001 - whatever it is, it is private
+            _LOG.warning("a unit's answer failed and does not count", exc_info=True)
+            return None
+
+    return guarded
+
+
+def ballots(
+    answers: Sequence[str], answer: Callable[[str], str | None], units: Sequence[str]
+) -> NDArray[np.int64]:
+    """Return how many units answer what, of shape (answers,); anything else is no vote."""
+    place = {text: at for at, text in enumerate(answers)}
+    given = [text for text in map(or_none(answer), units) if isinstance(text, str)]
+    votes = np.array([place[text] for text in given if text in place], np.intp)
+    return np.bincount(votes, minlength=len(answers))
+
+
+def generated(
+    model: LanguageModel,
+    sampler: Sampler,
+    public: str,
+    private: Callable[[], Sequence[str]],
+    mark: Callable[[], object],
+    most: int,
+) -> tuple[tuple[int, ...], bool]:
+    """Return tokens, each marked before private data is touched for it, and whether they ended.
+
+    Args:
+        model: Continues the prompts.
+        sampler: Draws each token.
+        public: A prompt without private data.
+        private: Returns one prompt of each unit.
+        mark: Pays for one token.
+        most: Of tokens.
+    """
+    base = model.begin(public)
+    drawn: list[int] = []
+    while len(drawn) < most:
+        mark()
+        if not drawn:
+            begun = [or_none(model.begin)(prompt) for prompt in private()]
+            own = [or_none(step) for step in begun if step is not None]
+        before = drawn[-1] if drawn else None
+        heard = (step(before) for step in own)
+        token = sampler.draw(base(before), (logits for logits in heard if logits is not None))
+        if token == model.end:
+            return tuple(drawn), True
+        drawn.append(token)
+    return tuple(drawn), False

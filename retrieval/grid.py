@@ -1,0 +1,136 @@
+"""Vectors on a grid, on which every inner product is exact, in any order and by any library.
+
+A guarantee for a sum over privacy units needs each unit's score to depend on that unit alone.
+Floating-point products of a linear algebra library do not have that property: removing one row
+moves the others to other positions of a block, and the last bits of their scores change. On the
+grid nothing is left to rounding: coordinates are multiples of 2**-12 and norms are at most 1, so
+every product and every partial sum of one is a multiple of 2**-24 of magnitude at most 1 (by
+Cauchy-Schwarz), and float32 has each of these. The scores of NumPy, FAISS, pgvector and DuckDB
+on the same rows are equal, bit for bit.
+
+Rounding to the grid is part of each row's own preparation; it moves a cosine by less than 1e-3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from retrieval.errors import InvalidIndex, InvalidQuery, RetrievalError
+
+STEPS = 2**12
+"""Steps of the grid between 0 and 1. Its square is the largest integer below which float32 has
+all of them."""
+NORM_TOLERANCE = 1e-3
+"""How far a vector's L2 norm may be from 1."""
+_SHRINK = 1 - 2.0**-12
+"""Room for what rounding adds to a norm."""
+_BLOCK = 2**22
+"""Most numbers that are prepared at once."""
+
+
+def on_grid(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the vectors rounded to the grid, each by itself; norms at most 1.
+
+    Args:
+        vectors: Array of shape (rows, dimensions), float32, of L2 norms about 1.
+
+    >>> bool((on_grid(np.float32([[0.6, 0.8]])) * STEPS % 1 == 0).all())
+    True
+    """
+    result = np.empty_like(vectors, dtype=np.float32, order="C")
+    block = max(1, _BLOCK // vectors.shape[1])
+    for start in range(0, len(vectors), block):
+        rows = vectors[start : start + block].astype(np.float64)
+        rows *= STEPS * _SHRINK / np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+        steps = np.rint(rows)
+        long = np.einsum("ij,ij->i", steps, steps) > STEPS**2  # integers: exact
+        steps[long] = np.trunc(rows[long])
+        result[start : start + block] = steps / STEPS
+    return result
+
+
+def checked_rows(vectors: ArrayLike) -> NDArray[np.float32]:
+    """Return the rows of an index on the grid.
+
+    Args:
+        vectors: Array of shape (rows, dimensions) and L2 norms 1.
+
+    Raises:
+        InvalidIndex: If they are anything else; it names the first row that is wrong.
+    """
+    try:
+        rows = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidIndex(f"the vectors are not an array of numbers: {error}") from error
+    if rows.ndim != 2 or not rows.size:
+        raise InvalidIndex(f"vectors must have shape (rows, dimensions), got {rows.shape}")
+    check_kernel(rows.shape[1])
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    wrong = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
+    if len(wrong):
+        raise InvalidIndex(
+            f"{len(wrong)} vectors do not have L2 norm 1, the first is row {wrong[0]}"
+            f" with {norms[wrong[0]]:g}; normalise them"
+        )
+    return on_grid(rows)
+
+
+def checked_query(query: ArrayLike, dimensions: int) -> NDArray[np.float32]:
+    """Return the query on the grid, of shape (dimensions,).
+
+    Raises:
+        InvalidQuery: If it is no vector of that shape and L2 norm 1.
+    """
+    try:
+        vector = np.asarray(query, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidQuery(f"the query is not a vector of numbers: {error}") from error
+    if vector.shape != (dimensions,):
+        raise InvalidQuery(f"the query has shape {vector.shape}, the index needs ({dimensions},)")
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if not abs(norm - 1) <= NORM_TOLERANCE:
+        raise InvalidQuery(f"the query has L2 norm {norm:g}, not 1; normalise it")
+    grid: NDArray[np.float32] = on_grid(vector[None])[0]
+    return grid
+
+
+def checked_threshold(threshold: float) -> float:
+    """Return the threshold as the float32 number that scores are compared with.
+
+    Raises:
+        InvalidQuery: If it is no cosine.
+    """
+    if (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, int | float | np.floating)
+        or not -1.0 <= threshold <= 1.0
+    ):
+        raise InvalidQuery(f"threshold must be a cosine in [-1, 1], got {threshold!r}")
+    return float(np.float32(threshold))
+
+
+@cache
+def check_kernel(dimensions: int) -> None:
+    """Check that this machine's matrix products are exact on the grid, as integers are.
+
+    Raises:
+        RetrievalError: If they are not: a library that multiplies in reduced precision.
+
+    >>> check_kernel(384)
+    """
+    rows = on_grid(np.random.default_rng(0).normal(size=(131, dimensions)).astype(np.float32))
+    queries = rows[:3]
+    steps = (rows * STEPS).astype(np.int64)
+    exact = steps @ steps[:3].T
+    single = [rows @ query for query in queries]
+    if not all(
+        np.array_equal(np.asarray(found, np.float64) * STEPS**2, exact)
+        for found in (rows @ queries.T, np.transpose(single))
+    ):
+        raise RetrievalError(
+            f"this build of NumPy ({np.__version__}) does not multiply float32 exactly: no score"
+            " would depend on its own unit alone; install another build"
+        )

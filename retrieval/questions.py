@@ -1,0 +1,116 @@
+"""How every question takes its course: check, pay, look at the corpus, draw, remember."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from accountant import Accountant
+from accountant.accountant import Budgets
+from dp import Event
+from retrieval.answers import Answer
+from retrieval.errors import InvalidQuery
+from retrieval.grid import checked_query, checked_threshold
+from retrieval.index import Corpus, PrivateIndex, Retrieved
+from retrieval.payments import Charges, Leases, Payments, Question
+
+_LOG = logging.getLogger(__name__)
+_REMEMBERED = 1024
+"""Most released answers that a guard keeps in memory, for equal questions."""
+A = TypeVar("A", bound=Answer)
+
+
+class PaidQuestions:
+    """What all releases of a guard share; :class:`RetrievalGuard` has the releases."""
+
+    def __init__(
+        self, accountant: Accountant, budget: Budgets, index: Corpus, *, unit: str
+    ) -> None:
+        self._charges = Charges(accountant, budget, unit)
+        self._payments: Payments = self._charges
+        self._index = index
+        self._released: OrderedDict[tuple[Event, bytes], Answer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    # --- other ways to pay ------------------------------------------------------------------------
+
+    @contextmanager
+    def leased(self) -> Iterator[Self]:
+        """Answer at a high rate: pay from blocks of uses that are marked in memory.
+
+        What was not used is returned at the end; a crash forfeits at most a block of each kind.
+        Takes no keys.
+        """
+        payments = Leases(self._charges)
+        yield self._paying(payments)
+        payments.close()
+
+    def _paying(self, payments: Payments) -> Self:
+        guard = type(self).__new__(type(self))
+        guard.__dict__ |= self.__dict__ | {"_payments": payments}
+        return guard
+
+    # --- common parts -----------------------------------------------------------------------------
+
+    def _checked(self, query: ArrayLike, threshold: float) -> tuple[NDArray[np.float32], float]:
+        return checked_query(query, self._index.dimensions), checked_threshold(threshold)
+
+    def _own_index(self, release: str) -> PrivateIndex:
+        if not isinstance(self._index, PrivateIndex):
+            raise InvalidQuery(f"{release} needs a PrivateIndex, not {type(self._index).__name__}")
+        return self._index
+
+    def _question(
+        self,
+        event: Event,
+        release: str,
+        vector: NDArray[np.float32],
+        key: str | None,
+        **public: object,
+    ) -> Question:
+        parameters = json.dumps([release, self._index.generation, public], sort_keys=True)
+        note = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in public.items()
+        )
+        payload = hashlib.sha256(parameters.encode() + b"\x00" + vector.tobytes()).digest()
+        return Question(event, f"retrieval/{release}", note, payload, key)
+
+    def _answer(self, question: Question, kind: type[A], draw: Callable[[int], A]) -> A:
+        """Pay and draw, unless an equal question has an answer. Whether it has is public."""
+        asked = (question.event, question.payload)
+        if question.key is None:
+            with self._lock:
+                known = self._released.get(asked)
+                if known is not None:
+                    self._released.move_to_end(asked)
+            if isinstance(known, kind):
+                _LOG.debug("%s: replayed", question.activity)
+                return replace(known, replayed=True)
+        paid = self._payments.pay(question)
+        if paid.answer is not None:
+            return kind.from_json(paid.answer)
+        answer = draw(paid.seq)
+        self._payments.keep(question, answer.to_json())
+        with self._lock:
+            self._released[asked] = answer
+            if len(self._released) > _REMEMBERED:
+                self._released.popitem(last=False)
+        return answer
+
+    def _retrieved(
+        self, vector: NDArray[np.float32], threshold: float, question: Question
+    ) -> Retrieved:
+        found = self._own_index(question.activity).retrieved(vector, threshold)
+        admitted = self._payments.admitted(found.units, question)
+        return found if admitted is None else found.cut(admitted)
