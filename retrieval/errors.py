@@ -5,7 +5,8 @@
     RetrievalError
     ├── InvalidIndex        vectors, units or labels that no guarantee can be given for
     ├── InvalidQuery        a query that cannot be answered as asked; nothing was charged
-    └── NoCorpusGuarantee   a read of private rows as they are, without a stated reason
+    ├── NoCorpusGuarantee   a read of private rows as they are, without a stated reason
+    └── UnsupportedStore    a vector store whose rows cannot be read as they were stored
 """
 
 from __future__ import annotations
@@ -27,3 +28,7 @@ class InvalidQuery(RetrievalError, ValueError):
 
 class NoCorpusGuarantee(RetrievalError):
     """Rows as they are have no guarantee at any noise level. Nothing was read."""
+
+
+class UnsupportedStore(RetrievalError, ValueError):
+    """The store's version is not tested, or its kind of index does not keep the vectors."""
