@@ -26,6 +26,10 @@ def imported_by(statement):
         ("import accountant", {"torch", "opacus", "matplotlib", "click", "jinja2"}),
         ("import finetune", {"torch", "opacus"}),
         ("import retrieval", {"torch", "opacus", "matplotlib", "click"}),
+        (
+            "from retrieval.stores import chroma, faiss, lancedb, pgvector, qdrant, sqlite_vec",
+            {"chromadb", "lancedb", "pgvector", "psycopg", "pyarrow", "qdrant_client"},
+        ),
         ("import reports", {"matplotlib", "jinja2", "torch"}),
         ("import epsledger.cli", {"torch", "opacus", "matplotlib", "jinja2", "transformers"}),
     ],
