@@ -33,6 +33,7 @@ from epsledger.options import existing as _existing
 from epsledger.options import shown as _shown
 from epsledger.running import run
 from reports import write_report
+from retrieval import QueryPlan, plan_queries
 
 
 def _event_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,9 +304,29 @@ def show(name: str, ledger: str) -> None:
 @main.command()
 @click.argument("name")
 @_event_options
+@click.option(
+    "--queries", type=int, help="So many votes or counts, with --gaussian or the least noise."
+)
 @_LEDGER
-def plan(name: str, uses: int, ledger: str, written: str | None, **event: float | None) -> None:
+def plan(
+    name: str,
+    uses: int,
+    queries: int | None,
+    ledger: str,
+    written: str | None,
+    **event: float | None,
+) -> None:
     """Say what an operation would cost and how many fit; spends nothing."""
+    if queries is not None:
+        noise = event.pop("gaussian")
+        if uses != 1 or written is not None or any(value is not None for value in event.values()):
+            raise click.UsageError("--queries goes with --gaussian alone, or with nothing")
+        with told(), _existing(ledger) as accountant:
+            planned_queries = plan_queries(accountant, name, queries, noise_multiplier=noise)
+        _show_queries(planned_queries)
+        if planned_queries.share is None:
+            raise click.exceptions.Exit(REFUSED)
+        return
     with told(), _existing(ledger) as accountant:
         asked, with_noise = _event(written, **event)
         fit = accountant.uses_that_fit(name, asked)
@@ -326,6 +347,25 @@ def plan(name: str, uses: int, ledger: str, written: str | None, **event: float 
                 click.echo(f"  no noise makes {uses} uses fit")
     if uses > fit:
         raise click.exceptions.Exit(REFUSED)
+
+
+def _show_queries(plan: QueryPlan) -> None:
+    noise = f"{plan.noise_multiplier:.6g}"
+    if float(noise) < plan.noise_multiplier:
+        noise = f"{plan.noise_multiplier * (1 + 1e-5):.6g}"  # rounded up: what is shown fits
+    click.echo(f"{plan.queries} votes or counts with noise of standard deviation {noise}")
+    if plan.share is None:
+        click.echo(f"  do not fit; at most {plan.fit} fit now")
+    else:
+        click.echo(f"  fit, and {plan.share:.1%} of the limits would be used; {plan.fit} fit now")
+    click.echo(
+        f"  {plan.confidence:.0%} sure: a winner {plan.margin:.1f} votes ahead,"
+        f" a count to within {plan.count_error:.1f}; a bar of {plan.bar} for 'anything on this?'"
+    )
+    table = Table("the winner's share of the best two", "units that must vote")
+    for share, units in plan.support().items():
+        _add_row(table, f"{share:.0%}", str(units))
+    Console().print(table)
 
 
 @main.command()

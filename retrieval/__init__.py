@@ -1,10 +1,19 @@
 """Guarded retrieval: answer questions about a private corpus, each charged before it is read."""
 
 from retrieval.answers import Centroid, Count, Generation, Presence, Selection, Vote
-from retrieval.errors import InvalidIndex, InvalidQuery, NoCorpusGuarantee, RetrievalError
+from retrieval.ensembles import LanguageModel, Sampler
+from retrieval.errors import (
+    InvalidIndex,
+    InvalidQuery,
+    NoCorpusGuarantee,
+    RetrievalError,
+    UnsupportedStore,
+)
 from retrieval.guard import RetrievalGuard
 from retrieval.hashing import Hashing
 from retrieval.index import Corpus, PrivateIndex
+from retrieval.obfuscation import ObfuscatedQuery, obfuscate_query
+from retrieval.planning import QueryPlan, margin, plan_queries, winner_accuracy
 from retrieval.sessions import AboveThreshold
 
 __all__ = [
@@ -16,11 +25,20 @@ __all__ = [
     "Hashing",
     "InvalidIndex",
     "InvalidQuery",
+    "LanguageModel",
     "NoCorpusGuarantee",
+    "ObfuscatedQuery",
     "Presence",
     "PrivateIndex",
+    "QueryPlan",
     "RetrievalError",
     "RetrievalGuard",
+    "Sampler",
     "Selection",
+    "UnsupportedStore",
     "Vote",
+    "margin",
+    "obfuscate_query",
+    "plan_queries",
+    "winner_accuracy",
 ]

@@ -78,8 +78,8 @@ def checked_rows(vectors: ArrayLike) -> NDArray[np.float32]:
     return on_grid(rows)
 
 
-def checked_query(query: ArrayLike, dimensions: int) -> NDArray[np.float32]:
-    """Return the query on the grid, of shape (dimensions,).
+def checked_query(query: ArrayLike, dimensions: int | None = None) -> NDArray[np.float32]:
+    """Return the query on the grid, of shape (dimensions,), or any dimensions if None.
 
     Raises:
         InvalidQuery: If it is no vector of that shape and L2 norm 1.
@@ -88,8 +88,10 @@ def checked_query(query: ArrayLike, dimensions: int) -> NDArray[np.float32]:
         vector = np.asarray(query, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidQuery(f"the query is not a vector of numbers: {error}") from error
-    if vector.shape != (dimensions,):
-        raise InvalidQuery(f"the query has shape {vector.shape}, the index needs ({dimensions},)")
+    if vector.ndim != 1 or len(vector) != (len(vector) if dimensions is None else dimensions):
+        raise InvalidQuery(
+            f"the query has shape {vector.shape}, it needs ({dimensions or 'dimensions'},)"
+        )
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if not abs(norm - 1) <= NORM_TOLERANCE:
         raise InvalidQuery(f"the query has L2 norm {norm:g}, not 1; normalise it")

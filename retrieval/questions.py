@@ -23,6 +23,7 @@ from retrieval.errors import InvalidQuery
 from retrieval.grid import checked_query, checked_threshold
 from retrieval.index import Corpus, PrivateIndex, Retrieved
 from retrieval.payments import Charges, Leases, Payments, Question
+from retrieval.planning import QueryPlan, plan_queries
 
 _LOG = logging.getLogger(__name__)
 _REMEMBERED = 1024
@@ -41,6 +42,21 @@ class PaidQuestions:
         self._index = index
         self._released: OrderedDict[tuple[Event, bytes], Answer] = OrderedDict()
         self._lock = threading.Lock()
+
+    def plan(
+        self, queries: int, *, noise_multiplier: float | None = None, confidence: float = 0.95
+    ) -> QueryPlan:
+        """Say what so many votes or counts would come to; see :func:`plan_queries`.
+
+        Spends nothing and reads nothing of the corpus.
+        """
+        return plan_queries(
+            self._charges.accountant,
+            self._charges.budget,
+            queries,
+            noise_multiplier=noise_multiplier,
+            confidence=confidence,
+        )
 
     # --- other ways to pay ------------------------------------------------------------------------
 
