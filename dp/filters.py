@@ -32,7 +32,7 @@ from typing import Any, cast
 from dp import validate
 from dp.codec import from_json, to_json
 from dp.costs import cost
-from dp.errors import InvalidParameter
+from dp.errors import InvalidParameter, UnsupportedEvent
 from dp.events import Atomic, Event, parts
 from dp.rows import Cost
 from dp.units import NeighboringRelation
@@ -370,6 +370,36 @@ def lanes(accounting: str, slots: int) -> tuple[str, ...]:
             return DELTA, EPSILON, MU_SQUARED, *map(str, ORDERS), *counted[:1]
         case _:
             return *counted, MU_SQUARED
+
+
+def unit_price(event: Event) -> int:
+    """Return what one use of the event costs a unit of a per-unit filter, rounded up.
+
+    The integers are those of the mu-squared lane, and add up to :func:`unit_limit`.
+
+    Raises:
+        UnsupportedEvent: If the event is not Gaussian DP without a delta, under add/remove.
+
+    >>> from dp import Gaussian
+    >>> unit_limit(1.0) // unit_price(Gaussian(10.0))
+    99
+    """
+    total = 0
+    for part, uses in parts(event).items():
+        bounds = cost(part)
+        total += uses * (NEVER if bounds.delta else _in_lane(MU_SQUARED, bounds))
+    if total >= NEVER:
+        raise UnsupportedEvent(event, "a per-unit filter takes events that are Gaussian DP")
+    return total
+
+
+def unit_limit(mu: float) -> int:
+    """Return what every unit of a per-unit filter is held to, rounded down; -1 if it is nothing.
+
+    >>> unit_limit(1.0)
+    1099511626675
+    """
+    return rounded_down(MU_SQUARED, mu * mu)
 
 
 def rounded_down(lane: str, value: float) -> int:

@@ -6,17 +6,22 @@ A guard pays before it looks at the corpus. All three are durable before anythin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from accountant import Accountant, Lease
+from accountant import Accountant, InvalidRequest, KeyReused, Lease, ReleaseUnknown
 from accountant.accountant import Budgets
-from dp import Event
+from accountant.errors import QueriesExhausted
+from accountant.stores.lane_state import LARGEST
+from accountant.stores.unit_lanes import UnitLanes
+from dp import Event, InvalidParameter, PerUnitFilter
+from dp.filters import unit_limit, unit_price
 from retrieval.columns import Positions
 from retrieval.errors import InvalidQuery
 
@@ -153,3 +158,86 @@ class Leases:
         """Return the uses that were never marked."""
         for lease in self._leases.values():
             lease.close()
+
+
+class UnitsPay:
+    """Queries cost the dataset nothing: the units that they are about pay, from lanes of their own.
+
+    Each unit is held to the mu of the one charge that opened the filter. What a query costs a unit
+    is a function of this unit, the query and released answers: nothing if it scores below the
+    threshold, else the event's price. All that score are charged, before any cut to the best ones;
+    those without room are left out, silently, before anything else is computed from them
+    (Feldman, Zrnic 2021; Koskela, Tobaben, Honkela 2023).
+    """
+
+    def __init__(self, lanes: UnitLanes, seq: int, names: Sequence[str]) -> None:
+        self._lanes, self._seq = lanes, seq
+        self._at = lanes.lanes_of(names)
+
+    def pay(self, question: Question) -> Paid:
+        """Check that a query is left, which is public."""
+        if question.key is not None:
+            raise InvalidQuery("a per-unit filter takes no keys: ask the guard it was made from")
+        unit_price(question.event)
+        if self._lanes.queries >= self._lanes.most_queries:
+            raise QueriesExhausted(self._lanes.most_queries)
+        return Paid(self._seq)
+
+    @contextmanager
+    def many(self, question: Question, uses: int) -> Iterator[Marks]:
+        """Check likewise; the units pay for all uses at once, and nothing is returned."""
+        yield self.pay(question).seq, lambda: uses
+
+    def keep(self, question: Question, answer: bytes) -> None:
+        """Nothing is kept."""
+
+    def admitted(self, units: Positions, question: Question) -> NDArray[np.bool_]:
+        """Charge the units; return which had room. Durable, and private."""
+        return self._lanes.charge(self._at[units], unit_price(question.event))
+
+    def close(self) -> None:
+        """Close the lanes."""
+        self._lanes.close()
+
+
+def units_that_pay(
+    charges: Charges, path: Path, names: Sequence[str], *, name: str, mu: float, queries: int
+) -> UnitsPay:
+    """Open a per-unit filter, with one charge to the budget; or go on with the one of that name.
+
+    The charge's key is the filter's name, and its payload the identity of the file: no other file,
+    and no file that was made anew, can take its place.
+
+    Raises:
+        InvalidRequest: If the file is not the one that the filter was opened with.
+        AccountantError: As for ``Accountant.charge``.
+    """
+    event, limit = PerUnitFilter(mu), unit_limit(mu)
+    if not 0 < limit < LARGEST:
+        raise InvalidParameter("mu", mu, "from 1e-5 to 2000")
+    opening = f"{charges.accountant.ledger}/{charges.budget}/{name}"
+    lanes = UnitLanes(path, opening=opening, limit=limit, most_queries=queries)
+    question = Question(
+        event,
+        "retrieval/per_unit",
+        f"{name}: at most {queries} queries",
+        bytes.fromhex(lanes.identity),
+        f"per-unit filter {name}",
+    )
+    try:
+        try:
+            paid = charges.pay(question)
+        except ReleaseUnknown:  # charged before a crash; what units spent since is in the file
+            paid = Paid(0)
+        if paid.answer is None:
+            charges.keep(question, b"open")
+        return UnitsPay(lanes, paid.seq, names)
+    except KeyReused as error:
+        lanes.close()
+        raise InvalidRequest(
+            f"{path} is not the file that the per-unit filter {name!r} was opened with: put that"
+            " one back, or open another filter under another name"
+        ) from error
+    except BaseException:
+        lanes.close()
+        raise

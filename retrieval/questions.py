@@ -8,8 +8,9 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from retrieval.answers import Answer
 from retrieval.errors import InvalidQuery
 from retrieval.grid import checked_query, checked_threshold
 from retrieval.index import Corpus, PrivateIndex, Retrieved
-from retrieval.payments import Charges, Leases, Payments, Question
+from retrieval.payments import Charges, Leases, Payments, Question, units_that_pay
 from retrieval.planning import QueryPlan, plan_queries
 
 _LOG = logging.getLogger(__name__)
@@ -70,6 +71,38 @@ class PaidQuestions:
         payments = Leases(self._charges)
         yield self._paying(payments)
         payments.close()
+
+    @contextmanager
+    def per_unit(self, path: str | Path, *, name: str, mu: float, queries: int) -> Iterator[Self]:
+        """Let the units that a query is about pay for it, each from a budget of its own.
+
+        Opening it is ONE charge to the budget: mu for every unit. After that queries cost the
+        budget nothing; a unit that has paid as much as it may is left out of everything,
+        silently, so that answers decay as units run out. Who has run out is private: it is in no
+        entry, error or report, and neither is how many. Best where questions are spread over many
+        topics.
+
+        Under ``planned`` it takes mu squared of the Gaussian lane. Releases are those that are
+        Gaussian DP: all but :meth:`RetrievalGuard.above_threshold`, which charges the budget.
+
+        Args:
+            path: Of the file that holds what units have spent. It is as private as the corpus:
+                keep it with it, and never put an older copy in its place.
+            name: Of the filter; the same name, mu and cap go on with it.
+            mu: Gaussian-DP parameter that every unit is held to.
+            queries: The most there may ever be; public. Put it where answers would still be good.
+
+        Raises:
+            BudgetExceeded: If the budget has no room for mu.
+            InvalidRequest: If the file is missing, or is of another filter.
+            AccountantError: As for ``Accountant.charge``.
+        """
+        names = self._own_index("per_unit").names
+        payments = units_that_pay(
+            self._charges, Path(path), names, name=name, mu=mu, queries=queries
+        )
+        with closing(payments):
+            yield self._paying(payments)
 
     def _paying(self, payments: Payments) -> Self:
         guard = type(self).__new__(type(self))

@@ -123,6 +123,13 @@ class UnitLanes:
         with self._locked():
             return self._state.queries
 
+    @property
+    def identity(self) -> str:
+        """What tells this file from any other that was made with the same terms; public."""
+        with self._locked():
+            ((digest,),) = self._execute("SELECT digest FROM entry WHERE seq = 1")
+            return str(digest.hex())
+
     def lanes_of(self, units: Sequence[str]) -> Lanes:
         """Return the lane of each unit; one that is new gets a lane that has spent nothing.
 
