@@ -23,7 +23,7 @@ from finetune import CappedRows, OneRowPerUnit, TrainingPlan, UnitMap, training_
 def train(task: dict) -> dict:
     rank, torn = task["rank"], task["tear"]
     torch.manual_seed(rank)  # different weights: the run gives all those of rank 0
-    model = torch.nn.Linear(5, 60)
+    model = torch.nn.Linear(5, 200)
     generator = torch.Generator().manual_seed(7)
     rows = TensorDataset(
         torch.randn(24, 5, generator=generator),
@@ -36,7 +36,7 @@ def train(task: dict) -> dict:
         plan = replace(plan, max_grad_norm=50.0) if torn == "plan" else plan
         rows = Subset(rows, range(23, -1, -1)) if torn == "order" else rows
         rows = Subset(rows, range(23)) if torn == "fewer" else rows
-        model = torch.nn.Linear(5, 61) if torn == "model" else model
+        model = torch.nn.Linear(5, 201) if torn == "model" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     steps, started = 0, time.monotonic()
     with Accountant.open(task["ledger"]) as accountant:

@@ -23,6 +23,8 @@ PLAN = {
     "expected_batch_size": 24,
     "max_grad_norm": 0.5,
 }
+AT_ONCE = 30
+"""Seconds: half of the time after which gloo gives up on a rank that it waits for."""
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +92,8 @@ def test_two_ranks_make_the_steps_of_one(ranks, folder):
     assert [each["said"] for each in (alone, first, second)] == ["done"] * 3
     assert first["weights"] == second["weights"]
     assert first["start"] == second["start"] == alone["start"]
-    # next to no noise: the same clipped sums, whichever rank has the row
-    assert torch.allclose(
-        torch.tensor(first["weights"]), torch.tensor(alone["weights"]), atol=1.5e-3
-    )
+    # next to no noise, 8 standard deviations: the same clipped sums, whichever rank has the row
+    assert torch.allclose(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), atol=2e-3)
     assert not torch.allclose(
         torch.tensor(first["weights"]), torch.tensor(first["start"]), atol=5e-3
     )
@@ -107,7 +107,8 @@ def test_noise_is_added_once(ranks, folder):
     assert first["weights"] == second["weights"]
     moved = torch.tensor(first["weights"]) - torch.tensor(first["start"])
     expected = 20.0 * 0.5 / 24 * 30**0.5
-    assert 0.8 * expected < moved.std().item() < 1.2 * expected  # two noises: 1.41
+    # of 1,000 weights, 7 standard deviations; two noises: 1.41, half of one: 0.71
+    assert 0.84 * expected < moved.std().item() < 1.17 * expected
 
 
 def test_a_plan_that_does_not_fit_ends_both_at_once(ranks, folder):
@@ -115,7 +116,7 @@ def test_a_plan_that_does_not_fit_ends_both_at_once(ranks, folder):
     assert first["said"].startswith("BudgetExceeded: budget 'b': 50 x")
     assert second["said"].startswith("PeerFailed: rank 0 left the run: BudgetExceeded")
     print(f"refused: both ranks ended in {max(first['seconds'], second['seconds']):.2f} s")
-    assert max(first["seconds"], second["seconds"]) < 5
+    assert max(first["seconds"], second["seconds"]) < AT_ONCE
     assert spent(folder) == 0
 
 
@@ -125,7 +126,7 @@ def test_a_refusal_in_the_middle_ends_both_at_once(ranks, folder):
     assert "another holder" in first["said"]
     assert second["said"].startswith("PeerFailed: rank 0 left the run: ReservationError")
     print(f"shut out: both ranks ended in {max(first['seconds'], second['seconds']):.2f} s")
-    assert max(first["seconds"], second["seconds"]) < 5
+    assert max(first["seconds"], second["seconds"]) < AT_ONCE
     assert first["weights"] == second["weights"]
 
 
@@ -144,7 +145,7 @@ def test_what_one_rank_does_alone_ends_both_at_once(ranks, folder, tear, said, h
     assert second["said"].startswith(said)
     assert first["said"].startswith(f"PeerFailed: {heard}")
     assert first["weights"] == second["weights"]
-    assert max(first["seconds"], second["seconds"]) < 5
+    assert max(first["seconds"], second["seconds"]) < AT_ONCE
 
 
 def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, folder):
@@ -152,7 +153,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, folder):
     first, _ = ranks(folder, tear="killed")
     assert first["said"].startswith("PeerFailed: at ")
     assert "another rank cannot be reached" in first["said"]
-    assert first["seconds"] < 5
+    assert first["seconds"] < AT_ONCE
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, folder):
 def test_ranks_that_differ_are_refused_on_both_before_a_step(ranks, folder, tear, said):
     for found in ranks(folder, tear=tear):
         assert found["said"].startswith(said)
-        assert found["seconds"] < 5
+        assert found["seconds"] < AT_ONCE
     assert spent(folder) == 0
 
 

@@ -255,12 +255,12 @@ def test_poisson_samples_have_the_planned_rate_and_are_independent():
 
 
 def test_a_tiny_sampling_probability_is_not_rounded_up():
-    """In single precision a row would be drawn 60 times too often at 1e-9: 6 draws, not 0.1."""
+    """In single precision a row would be drawn 60 times too often at 1e-9: 6 draws, not 0.1; 5 are too many."""
     drawn = sum(map(len, PoissonSampler(1_000_000, 1e-9, 100)))
-    assert drawn <= 3
+    assert drawn < 5  # 5 by chance once in 13 million runs
     generator = torch.Generator().manual_seed(0)
     single = sum(int((torch.rand(1_000_000, generator=generator) < 1e-9).sum()) for _ in range(100))
-    assert single > 3
+    assert single >= 5
 
 
 def test_samplers_do_not_repeat_under_one_seed():
@@ -439,9 +439,10 @@ def test_a_first_batch_may_be_empty_whatever_its_shape(accountant, shape):
 
 
 def test_empty_batches_are_charged_and_noised(accountant, rows):
-    tiny = TrainingPlan(1.0, 1e-6, steps=3, expected_batch_size=1)
+    tiny = TrainingPlan(1.0, 1e-9, steps=3, expected_batch_size=1)
+    few = TensorDataset(*rows[:20])  # one of them is drawn once in 16 million runs
     with training_run(accountant, "b", tiny, unit="row") as run:
-        model, optimizer, loader = run.make_private(*parts(rows))
+        model, optimizer, loader = run.make_private(*parts(few))
         before = [parameter.detach().clone() for parameter in model.parameters()]
         for batch in run.batches(loader):
             assert not batch[0].any()
@@ -453,7 +454,7 @@ def test_empty_batches_are_charged_and_noised(accountant, rows):
 
 def test_kill_9_during_training_keeps_the_whole_plan_spent(tmp_path):
     script = textwrap.dedent("""
-        import sys, torch, warnings
+        import signal, sys, torch, warnings
         warnings.simplefilter("ignore")
         from torch.utils.data import DataLoader, TensorDataset
         from accountant import Accountant
@@ -471,6 +472,8 @@ def test_kill_9_during_training_keeps_the_whole_plan_spent(tmp_path):
                 torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
                 optimizer.step(); optimizer.zero_grad()
                 print(step + 1, flush=True)
+                if step == 400:
+                    signal.pause()  # a slow test must not find the run at its end
     """)
     ledger = tmp_path / "ledger.db"
     with subprocess.Popen(

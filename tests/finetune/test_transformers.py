@@ -558,7 +558,6 @@ def test_a_loss_of_ones_own_by_row(accountant):
     def loss(outputs, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
 
-    found = []
     for chosen in (loss, None):
         model = made("bert")
         with training_run(accountant, "b", plan(), unit="row") as run:
@@ -568,8 +567,7 @@ def test_a_loss_of_ones_own_by_row(accountant):
                 train_dataset=rows_for("bert"),
                 compute_loss_func=chosen,
             ).train()
-        found.append(weights(model))
-    assert close(*found)
+        assert close(weights(model), by_hand("bert"))  # two noisy ones may be farther apart
 
 
 def test_models_that_cannot_be_trained_are_named_before_a_step(accountant):
