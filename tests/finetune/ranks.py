@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which optimizers import when they are made: here, and not in each fork
 from torch import distributed
 from torch.utils.data import DataLoader, Subset, TensorDataset
 

@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which optimizers import when they are made: here, and not in each fork
 from torch.utils.data import DataLoader, TensorDataset
 
 from accountant import Accountant
