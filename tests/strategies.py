@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from dp import (
@@ -46,7 +46,12 @@ SCALE = int(os.environ.get("SCALE", "1"))
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count * SCALE, deadline=None, derandomize=SCALE == 1)
+    return settings(
+        max_examples=count * SCALE,
+        deadline=None,
+        derandomize=SCALE == 1,
+        suppress_health_check=[HealthCheck.too_slow],  # of a busy machine
+    )
 
 
 def positive(low: float = 1e-3, high: float = 1e6) -> st.SearchStrategy[float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting.pld import privacy_loss_distribution
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,6 +36,7 @@ from finetune import (
     training_run,
     unit_guarantee,
 )
+from tests.strategies import examples
 
 CLIP = 0.5
 IDS = ["ann"] * 8 + ["bob", "cyn", "cyn"]
@@ -210,7 +211,7 @@ def test_what_is_shown_of_a_map_is_not_private():
 # --- maps ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=12))
 def test_the_map_against_a_recount(held):
     units = UnitMap.packed(held, held)
