@@ -9,6 +9,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from accountant import Accountant
 from dp import adaptive
 
 EPSLEDGER = (sys.executable, "-m", "epsledger")
+QUICK = Path(__file__).with_name("quick.py")
 SCRIPT = textwrap.dedent("""
     import os, signal, sys, warnings
     warnings.simplefilter("ignore")
@@ -103,12 +105,28 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def python(tmp_path_factory):
+    """What runs a script in place of an interpreter that has to import torch first."""
+    address = str(tmp_path_factory.mktemp("quick") / "socket")
+    with subprocess.Popen(
+        [sys.executable, str(QUICK), "serve", address],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield sys.executable, "-IS", str(QUICK), address
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, python):
     """Run the script in all ways at once, each with a ledger of its own."""
 
     def outcome(case):
         location, script = with_budget(tmp_path_factory.mktemp(case[1]))
-        return *run_under(location, sys.executable, script, *case[:2]), spent(location)
+        return *run_under(location, *python, script, *case[:2]), spent(location)
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(CASES, pool.map(outcome, CASES), strict=True))
@@ -186,6 +204,7 @@ def test_signals_are_the_scripts_to_handle(location, tmp_path, number):
 
 
 def test_a_run_within_a_run_is_heard_by_both(tmp_path):
+    """And the script by an interpreter of its own."""
     location, script = with_budget(tmp_path)
     inner = [*EPSLEDGER, "run", "--ledger", str(location), "--", sys.executable, script]
     code, said = run_under(location, *inner, "3", "end")
