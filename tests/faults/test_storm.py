@@ -186,8 +186,10 @@ class Spending(Dataset):
 def test_the_workers_of_a_loader_cannot_mark(holder):
     _, lease = holder
     before = lease.marked
+    batches = iter(DataLoader(Spending(lease), num_workers=1, multiprocessing_context="fork"))
     with pytest.raises(ReservationError, match="another process"):
-        list(DataLoader(Spending(lease), num_workers=1, multiprocessing_context="fork"))
+        list(batches)
+    batches._shutdown_workers()  # as long as they answer: later it would wait for 5 s
     assert lease.marked == before
 
 
