@@ -74,33 +74,41 @@ def prepared(place, operation: str) -> tuple[str, list]:
     return location, holds
 
 
-def operated(workers, lines_of, wait, folder, location, operation: str, step: int, **more):
-    """Carry the operation out in a process that dies at a step (0: none); return what it said."""
+def begun(workers, lines_of, folder, location, operation: str, step: int, **more):
+    """Start the operation in a process that dies at a step (0: none).
+
+    Return a function that waits for it and returns what it said: others can be prepared meanwhile.
+    """
     folder = folder / f"run-{next(numbers)}"
     folder.mkdir()
     worker, out = workers.send(
         folder, f"step-{operation}", location=str(location), step=step, **more
     )
-    workers.gone(worker)
-    lines = lines_of(out)
-    shutil.rmtree(folder)
-    return lines
+
+    def ended() -> list[str]:
+        workers.gone(worker)
+        lines = lines_of(out)
+        shutil.rmtree(folder)
+        return lines
+
+    return ended
 
 
-def every_step(workers, lines_of, wait, folder, place, operation: str, times: int, **more) -> int:
+def every_step(workers, lines_of, folder, place, operation: str, times: int, **more) -> int:
     location, holds = prepared(place, operation)
-    kinds, _, notes = state(location)
-    lines = operated(workers, lines_of, wait, folder, location, operation, 0, holds=holds, **more)
+    before = state(location)  # of all that are prepared
+    lines = begun(workers, lines_of, folder, location, operation, 0, holds=holds, **more)()
     steps = sum(line.startswith("step") for line in lines)
     assert any(line.startswith("done") for line in lines), lines
     after = state(location)
-    assert (after[0], after[2]) != (kinds, notes)
+    assert (after[0], after[2]) != (before[0], before[2])
+    running = []
     for step in [step for step in range(1, steps + 1) for _ in range(times)]:
         location, holds = prepared(place, operation)
-        before = state(location)
-        lines = operated(
-            workers, lines_of, wait, folder, location, operation, step, holds=holds, **more
-        )
+        ended = begun(workers, lines_of, folder, location, operation, step, holds=holds, **more)
+        running.append((step, location, ended))
+    for step, location, ended in running:
+        lines = ended()
         assert sum(line.startswith("step") for line in lines) == step, lines
         found = state(location)
         adopted = [Kind.ADOPT] if operation in ("mark", "settle", "void") else []
@@ -133,18 +141,16 @@ def report(operation, steps, times):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whole_or_not_at_all(workers, lines_of, wait, tmp_path, sqlite_place, operation):
-    steps = every_step(workers, lines_of, wait, tmp_path, sqlite_place, operation, 1)
+def test_whole_or_not_at_all(workers, lines_of, tmp_path, sqlite_place, operation):
+    steps = every_step(workers, lines_of, tmp_path, sqlite_place, operation, 1)
     report(operation, steps, 1)
     assert steps > 12
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whole_or_not_at_all_at_length(
-    workers, lines_of, wait, tmp_path, sqlite_place, operation, scale
-):
-    steps = every_step(workers, lines_of, wait, tmp_path, sqlite_place, operation, 20 * scale)
+def test_whole_or_not_at_all_at_length(workers, lines_of, tmp_path, sqlite_place, operation, scale):
+    steps = every_step(workers, lines_of, tmp_path, sqlite_place, operation, 20 * scale)
     report(operation, steps, 20 * scale)
 
 
@@ -153,20 +159,18 @@ def test_whole_or_not_at_all_at_length(
     [("quota", 1), *(pytest.param(each, 3, marks=pytest.mark.long) for each in OPERATIONS)],
 )
 def test_whole_or_not_at_all_in_postgres(
-    workers, lines_of, wait, tmp_path, new_database, operation, times
+    workers, lines_of, tmp_path, new_database, operation, times
 ):
-    steps = every_step(workers, lines_of, wait, tmp_path, new_database, operation, times)
+    steps = every_step(workers, lines_of, tmp_path, new_database, operation, times)
     report(f"PostgreSQL, {operation}", steps, times)
 
 
-def test_the_control_is_seen_to_release_without_a_charge(
-    workers, lines_of, wait, tmp_path, sqlite_place
-):
+def test_the_control_is_seen_to_release_without_a_charge(workers, lines_of, tmp_path, sqlite_place):
     with pytest.raises(AssertionError, match="released without a charge"):
-        every_step(workers, lines_of, wait, tmp_path, sqlite_place, "broken-charge", 1)
+        every_step(workers, lines_of, tmp_path, sqlite_place, "broken-charge", 1)
 
 
-def migrations(workers, lines_of, wait, folder, times: int, operation: str = "migrate") -> int:
+def migrations(workers, lines_of, folder, times: int, operation: str = "migrate") -> int:
     """Kill a migration at each step; return how many there are."""
 
     def old(name):
@@ -175,12 +179,16 @@ def migrations(workers, lines_of, wait, folder, times: int, operation: str = "mi
             connection.executescript(GOLDEN.read_text())
         return location
 
-    lines = operated(workers, lines_of, wait, folder, old("dry.db"), operation, 0)
+    lines = begun(workers, lines_of, folder, old("dry.db"), operation, 0)()
     steps = sum(line.startswith("step") for line in lines)
     expected = state(folder / "dry.db")
+    running = []
     for number, step in enumerate(s for s in range(1, steps + 1) for _ in range(times)):
         location = old(f"{number}.db")
-        lines = operated(workers, lines_of, wait, folder, location, operation, step)
+        ended = begun(workers, lines_of, folder, location, operation, step)
+        running.append((step, location, ended))
+    for step, location, ended in running:
+        lines = ended()
         assert sum(line.startswith("step") for line in lines) == step
         migrate(ledger_url(location))
         assert state(location) == expected
@@ -189,13 +197,13 @@ def migrations(workers, lines_of, wait, folder, times: int, operation: str = "mi
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_a_migration_is_whole_or_can_be_done_again(workers, lines_of, wait, tmp_path, times):
-    steps = migrations(workers, lines_of, wait, tmp_path, times)
+def test_a_migration_is_whole_or_can_be_done_again(workers, lines_of, tmp_path, times):
+    steps = migrations(workers, lines_of, tmp_path, times)
     report("migrate", steps, times)
     assert steps > 20
 
 
-def test_the_control_is_left_half_migrated(workers, lines_of, wait, tmp_path):
+def test_the_control_is_left_half_migrated(workers, lines_of, tmp_path):
     with pytest.raises((LedgerError, AssertionError)) as caught:
-        migrations(workers, lines_of, wait, tmp_path, 1, "broken-migrate")
+        migrations(workers, lines_of, tmp_path, 1, "broken-migrate")
     print(f"control, a migration without a transaction: {caught.value}"[:150])
