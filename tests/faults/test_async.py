@@ -99,7 +99,7 @@ def gate(accountant: Accountant, method: str):
 
     def held(*args):
         reached.set()
-        assert opened.wait(10)
+        assert opened.wait(60)
         return inner(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -139,13 +139,13 @@ def struck(accountant: Accountant, name: str, phase: str) -> tuple[list, list]:
     with gate(accountant, "_begin" if phase == "queued" else "_commit") as (reached, opened):
         if phase == "queued":
             accountant._writer.enqueue(quiet())
-            assert reached.wait(10)
+            assert reached.wait(60)
 
         def strike(task) -> None:
-            assert reached.wait(10)
+            assert reached.wait(60)
             if phase == "done":
                 opened.set()
-                accountant._writer.enqueue(quiet()).result(10)
+                accountant._writer.enqueue(quiet()).result(60)
             task.cancel()
             if phase != "queued":
                 opened.set()

@@ -63,7 +63,7 @@ class Pair:
         self.control(self.standby, "-o", f"-h '' -k {sockets}", "start")
 
     def wait(self, condition) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline, "waited too long"
             time.sleep(0.02)
