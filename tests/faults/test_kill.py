@@ -147,14 +147,14 @@ ROUNDS = {"charges": 100, "reservations": 100, "leases": 50, "quotas": 500}
 
 @pytest.mark.parametrize("mode", ROUNDS)
 def test_nothing_acknowledged_is_lost(workers, lines_of, wait, tmp_path, mode):
-    kill_rounds(workers, lines_of, wait, tmp_path, mode, max(4, ROUNDS[mode] // 20))
+    kill_rounds(workers, lines_of, wait, tmp_path, mode, max(4, ROUNDS[mode] // 50))
 
 
 @pytest.mark.parametrize("mode", ["charges", "reservations", "quotas"])
 def test_nothing_acknowledged_is_lost_in_postgres(
     workers, lines_of, wait, tmp_path, mode, new_database
 ):
-    kill_rounds(workers, lines_of, wait, tmp_path, mode, 5, new_database)
+    kill_rounds(workers, lines_of, wait, tmp_path, mode, 3, new_database)
 
 
 @pytest.mark.long

@@ -101,9 +101,9 @@ def last_units(workers, lines_of, wait, folder: Path, races: int, mode: str, *, 
     return [wins.count(number) for number in range(races)]
 
 
-@pytest.mark.parametrize("races", [10, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("races", [5, pytest.param(200, marks=pytest.mark.long)])
 def test_one_of_many_wins_the_last_unit(workers, lines_of, wait, tmp_path, races, scale):
-    races *= scale if races > 10 else 1
+    races *= scale if races > 5 else 1
     with Accountant.open(tmp_path / "ledger.db") as accountant:
         for number in range(races):
             accountant.create_budget(f"tips{number}", pure(1.5), unit="article")
