@@ -64,7 +64,9 @@ def test_settling_returns_slot_uses_to_the_slot(ledger, location, totals_of):
     assert ledger.verify().clean
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 30))]
+)
 def test_random_lives_replay(location, ledger, totals_of, seed):
     """Charges, reservations, marks, settlements and voids in any order: verify and the fold agree."""
     random, held = Random(seed), []

@@ -321,7 +321,8 @@ def test_keys(books):
         books.create_budget("tips", pure(1.0), unit="article")
 
 
-def test_a_request_waits_for_the_answer_of_one_with_its_key(books):
+def test_a_request_waits_for_the_answer_of_one_with_its_key(books, monkeypatch):
+    monkeypatch.setattr("accountant.accountant._WAIT_SECONDS", 60.0)
     ask = {**ASK, "key": "k", "payload": b"q"}
     books.charge("tips", ONE, **ask)
     timer = threading.Timer(0.2, books.keep_answer, ("tips", "k", b"spam"))
@@ -414,7 +415,7 @@ def test_all_stores_keep_the_same_to_the_byte(place, tmp_path, seed, monkeypatch
     assert sum("Receipt" in told for told in plays["memory"][0]) > 4
 
 
-@pytest.mark.parametrize("ledgers", [30, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ledgers", [10, pytest.param(1000, marks=pytest.mark.long)])
 def test_verify_raises_no_false_alarm(ledgers, monkeypatch):
     """``played`` verifies at its end; a correction beyond the budget is no false alarm."""
     entries = 0
