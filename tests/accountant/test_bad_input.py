@@ -275,7 +275,8 @@ TABLE = [
 
 
 @pytest.fixture
-def world(accountant, location):
+def world(accountant, location, monkeypatch):
+    monkeypatch.setattr("accountant.accountant._WAIT_SECONDS", 0.1)  # for the lost answer
     accountant.create_budget("rows", adaptive(3.0, 1e-6, relation=REPLACE), unit="article")
     ask = {"unit": "article", "activity": "survey"}
     accountant.charge("news", Gaussian(50.0), key="answered", **ask)

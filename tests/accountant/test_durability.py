@@ -105,7 +105,7 @@ def test_no_caller_hangs_when_the_writer_thread_dies(accountant, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert len(outcomes) == 4
     assert set(outcomes) <= {LedgerUnavailable, OutcomeUnknown}
     with pytest.raises(LedgerUnavailable):

@@ -72,7 +72,10 @@ def test_the_key_of_another_request_is_an_error(accountant, location, digest_of,
     assert digest_of(location) == before
 
 
-def test_charged_but_never_answered_is_not_drawn_again(accountant, location, digest_of):
+def test_charged_but_never_answered_is_not_drawn_again(
+    accountant, location, digest_of, monkeypatch
+):
+    monkeypatch.setattr("accountant.accountant._WAIT_SECONDS", 0.1)
     ask(accountant)
     before = digest_of(location)
     with pytest.raises(ReleaseUnknown) as error:
@@ -111,7 +114,8 @@ def test_no_key_means_no_replay(accountant):
     assert [ask(accountant, None).seq for _ in range(3)] == [2, 3, 4]
 
 
-def test_of_many_equal_asks_at_once_one_is_charged(accountant, location, totals_of):
+def test_of_many_equal_asks_at_once_one_is_charged(accountant, location, totals_of, monkeypatch):
+    monkeypatch.setattr("accountant.accountant._WAIT_SECONDS", 0.1)
     outcomes, start = [], threading.Barrier(8)
 
     def go() -> None:

@@ -19,6 +19,7 @@ from accountant import (
     UnitMismatch,
     UnknownBudget,
 )
+from accountant.writer import Writer
 from dp import Gaussian, PureDP, Repeated
 
 ASK = {"unit": "article", "activity": "survey"}
@@ -34,12 +35,35 @@ def in_one_batch(location: Path, *calls: Callable[[], object]) -> list[object]:
         except Exception as error:  # noqa: BLE001
             outcomes[number] = error
 
+    queued: list[str] = []
+
+    def noting(name: str) -> Callable[..., object]:
+        method = getattr(Writer, name)
+
+        def noted(*given: object) -> object:
+            if name == "close":  # which does not return meanwhile
+                queued.append(name)
+                return method(*given)
+            done = method(*given)
+            queued.append(name)
+            return done
+
+        return noted
+
     threads = [threading.Thread(target=go, args=(number,)) for number in range(len(calls))]
-    with closing(sqlite3.connect(location, isolation_level=None)) as other:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        closing(sqlite3.connect(location, isolation_level=None)) as other,
+    ):
+        for name in ("enqueue", "close"):
+            patch.setattr(Writer, name, noting(name))
         other.execute("BEGIN IMMEDIATE")
-        for thread in threads:
+        deadline = time.monotonic() + 25  # before SQLite gives up
+        for number, thread in enumerate(threads, 1):
             thread.start()
-            time.sleep(0.01)
+            while len(queued) < number:
+                assert time.monotonic() < deadline, f"call {number} is not in the queue"
+                time.sleep(0.001)
         assert not outcomes
         other.execute("ROLLBACK")
         for thread in threads:
