@@ -87,7 +87,7 @@ def test_a_price_is_positive_and_adds_up_as_written(event: Event) -> None:
     assert all(cost > 0 for cost in price[1:])
 
 
-@examples(200)
+@examples(100)
 @given(st.lists(strategies.events, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_order_does_not_matter(parts: list[Event], random: Random) -> None:
     shuffled = random.sample(parts, len(parts))
@@ -97,7 +97,7 @@ def test_order_does_not_matter(parts: list[Event], random: Random) -> None:
     assert digest(encode(once)) == digest(encode(again))
 
 
-@examples(200)
+@examples(100)
 @given(strategies.events)
 def test_canonical_is_idempotent_and_preserves_the_price(event: Event) -> None:
     form = canonical(event)
@@ -157,7 +157,7 @@ def in_relation(budget: Filter, event: Event) -> Event:
     return event
 
 
-@examples(200)
+@examples(100)
 @given(strategies.budgets, strategies.events, strategies.events, st.integers(0, 10**6))
 def test_uses_that_fit_is_exact(budget: Filter, held: Event, event: Event, before: int) -> None:
     held, event = in_relation(budget, held), in_relation(budget, event)
@@ -383,7 +383,7 @@ def test_a_record_of_another_version_is_refused(changed: dict[str, object]) -> N
         Filter.from_record(BUDGET.to_record() | changed)
 
 
-@examples(200)
+@examples(100)
 @given(strategies.events, st.data())
 def test_a_lowered_price_is_found(event: Event, data: st.DataObject) -> None:
     price = BUDGET.price(event)

@@ -1,6 +1,7 @@
 """The noise has the law it states, and the tests would notice if it had not.
 
-Randomness is the operating system's, so every test allows one false alarm in a million.
+Randomness is the operating system's, so every comparison allows one false alarm in 10**9: there are
+some fifty of them in a run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from scipy import stats
 from dp import InvalidParameter, sampling
 from dp.sampling import discrete_gaussian, discrete_laplace, gaussian, gumbel
 
-FALSE_ALARM = 1e-6
+FALSE_ALARM = 1e-9
 SIZE = 100_000
 
 
