@@ -66,7 +66,7 @@ def test_exactly_what_fits_is_admitted(workers, lines_of, wait, tmp_path, crowd)
 @pytest.mark.parametrize("crowd", CROWDS, ids=["threads", "processes"])
 def test_the_control_overspends(workers, lines_of, wait, tmp_path, crowd):
     admitted = []
-    for attempt in range(10):
+    for attempt in range(40):
         folder = tmp_path / f"{attempt}"
         folder.mkdir()
         admitted.append(of_control(workers, lines_of, wait, folder, **crowd)[0])
