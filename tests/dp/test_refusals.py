@@ -10,6 +10,7 @@ from dp import (
     ZCDP,
     ApproximateDP,
     Composed,
+    DiscreteGaussian,
     Event,
     Filter,
     FixedSizeSampled,
@@ -41,7 +42,7 @@ from dp.conversions import gaussian_epsilon, gaussian_mu
 from dp.costs import cost
 from dp.errors import DPError, NothingFits
 from dp.events import MAX_DEPTH, canonical
-from dp.filters import NEVER
+from dp.filters import NEVER, unit_limit, unit_price
 from dp.pld import compose, largest_mu
 from dp.rows import Cost
 from dp.validate import MAX_COUNT
@@ -435,3 +436,25 @@ def test_rounding_that_is_not_negligible() -> None:
     losses = compose(((Gaussian(5.0), 3),), NeighboringRelation.ADD_REMOVE)
     with pytest.raises(InvalidParameter, match="rounding error"):
         largest_mu(losses, 1.0, 5e-11)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        DiscreteGaussian(1.0),
+        ApproximateDP(1.0, 1e-9),
+        NonPrivate(),
+        Composed((Gaussian(1.0), ZCDP(0.1))),
+    ],
+)
+def test_a_unit_pays_for_gaussian_dp_alone(event):
+    with pytest.raises(UnsupportedEvent, match="per-unit filter"):
+        unit_price(event)
+
+
+def test_what_a_unit_pays_adds_up_to_its_limit():
+    assert unit_price(Repeated(Gaussian(2.0), 3)) == 3 * unit_price(Gaussian(2.0))
+    assert unit_price(Composed((Gaussian(2.0), Laplace(9.0)))) == unit_price(
+        Gaussian(2.0)
+    ) + unit_price(Laplace(9.0))
+    assert unit_limit(1e-9) == -1
