@@ -14,6 +14,7 @@ from retrieval.hashing import Hashing
 from retrieval.index import Corpus, PrivateIndex
 from retrieval.obfuscation import ObfuscatedQuery, obfuscate_query
 from retrieval.planning import QueryPlan, margin, plan_queries, winner_accuracy
+from retrieval.questions import Guarantee
 from retrieval.sessions import AboveThreshold
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Corpus",
     "Count",
     "Generation",
+    "Guarantee",
     "Hashing",
     "InvalidIndex",
     "InvalidQuery",

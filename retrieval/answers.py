@@ -42,9 +42,11 @@ class Vote(Answer):
 
     Attributes:
         counts: Noisy number of voting units by public label; may be negative.
+        noise: Standard deviation of the noise on each, in votes.
     """
 
     counts: dict[str, int]
+    noise: float
 
     @property
     def winner(self) -> str:
@@ -68,9 +70,11 @@ class Count(Answer):
 
     Attributes:
         value: The number.
+        noise: Standard deviation of the noise on it, in units.
     """
 
     value: int
+    noise: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +84,12 @@ class Presence(Answer):
     Attributes:
         value: The noisy number of units.
         bar: From which number there is.
+        noise: Standard deviation of the noise on the number, in units.
     """
 
     value: int
     bar: int
+    noise: float
 
     @property
     def anything(self) -> bool:

@@ -84,7 +84,8 @@ class RetrievalGuard(PaidQuestions):
             else:
                 votes = self._index.histogram(vector, threshold)
             counts = noisy(votes, event.noise_multiplier)
-            return Vote(seq=seq, counts=dict(zip(self._index.public_labels, counts, strict=True)))
+            named = dict(zip(self._index.public_labels, counts, strict=True))
+            return Vote(seq=seq, counts=named, noise=event.noise_multiplier)
 
         return self._answer(question, Vote, draw)
 
@@ -105,7 +106,8 @@ class RetrievalGuard(PaidQuestions):
         question = self._question(event, "count", vector, key, threshold=threshold)
 
         def draw(seq: int) -> Count:
-            return Count(seq=seq, value=self._noisy_count(vector, threshold, question, event))
+            value = self._noisy_count(vector, threshold, question, event)
+            return Count(seq=seq, value=value, noise=event.noise_multiplier)
 
         return self._answer(question, Count, draw)
 
@@ -140,7 +142,7 @@ class RetrievalGuard(PaidQuestions):
 
         def draw(seq: int) -> Presence:
             value = self._noisy_count(vector, threshold, question, event)
-            return Presence(seq=seq, value=value, bar=bar)
+            return Presence(seq=seq, value=value, bar=bar, noise=event.noise_multiplier)
 
         return self._answer(question, Presence, draw)
 
@@ -320,8 +322,9 @@ class RetrievalGuard(PaidQuestions):
         paid = self._payments.pay(question)
         best = index.top(self._retrieved(vector, threshold, question), most)
         votes = ballots(listed, answer, index.names_of(best))
-        counts = noisy(votes, event.noise_multiplier * math.sqrt(2) * (1 + 1e-15))
-        return Vote(seq=paid.seq, counts=dict(zip(listed, counts, strict=True)))
+        noise = event.noise_multiplier * math.sqrt(2) * (1 + 1e-15)
+        counts = noisy(votes, noise)
+        return Vote(seq=paid.seq, counts=dict(zip(listed, counts, strict=True)), noise=noise)
 
     def generate(
         self,

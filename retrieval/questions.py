@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from accountant import Accountant
 from accountant.accountant import Budgets
-from dp import Event
+from dp import Event, NeighboringRelation
 from retrieval.answers import Answer
 from retrieval.errors import InvalidQuery
 from retrieval.grid import checked_query, checked_threshold
@@ -30,6 +30,25 @@ _LOG = logging.getLogger(__name__)
 _REMEMBERED = 1024
 """Most released answers that a guard keeps in memory, for equal questions."""
 A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guarantee:
+    """What holds for all that a guard ever returns, with all else that its budgets pay for.
+
+    Attributes:
+        epsilon: In nats; the largest, where the budgets of several datasets pay together.
+        delta: Likewise.
+        unit: The privacy unit.
+        relation: Which datasets are neighbors.
+        budgets: Names of the datasets' budgets, without quotas.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    relation: NeighboringRelation
+    budgets: tuple[str, ...]
 
 
 class PaidQuestions:
@@ -57,6 +76,24 @@ class PaidQuestions:
             queries,
             noise_multiplier=noise_multiplier,
             confidence=confidence,
+        )
+
+    def guarantee(self) -> Guarantee:
+        """Return what holds for everything this guard ever returns, as the ledger has it.
+
+        Raises:
+            AccountantError: If there is no such budget, or the ledger cannot be read.
+        """
+        read, charged = self._charges.accountant.budget, self._charges.budget
+        names = (charged,) if isinstance(charged, str) else charged
+        owners = sorted({budget.quota_of or budget.name for budget in map(read, names)})
+        budgets = [read(name) for name in owners]
+        return Guarantee(
+            epsilon=max(budget.filter.epsilon for budget in budgets),
+            delta=max(budget.filter.delta for budget in budgets),
+            unit=budgets[0].unit,
+            relation=budgets[0].filter.relation,
+            budgets=tuple(owners),
         )
 
     # --- other ways to pay ------------------------------------------------------------------------
