@@ -18,6 +18,8 @@ from sqlalchemy import make_url
 from accountant import Accountant
 from dp import adaptive, pure
 
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # before anything imports it
+
 SCALE = int(os.environ.get("SCALE", "1"))
 MOST_LEFT = 120
 

@@ -30,6 +30,7 @@ def imported_by(statement):
             "from retrieval.stores import chroma, faiss, lancedb, pgvector, qdrant, sqlite_vec",
             {"chromadb", "lancedb", "pgvector", "psycopg", "pyarrow", "qdrant_client"},
         ),
+        ("import retrieval.adapters", {"langchain_core", "llama_index", "haystack"}),
         ("import reports", {"matplotlib", "jinja2", "torch"}),
         ("import epsledger.cli", {"torch", "opacus", "matplotlib", "jinja2", "transformers"}),
     ],
