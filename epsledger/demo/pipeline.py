@@ -26,6 +26,7 @@ from epsledger.demo.encoder import encode
 from epsledger.demo.model import HyperParameters, TopicClassifier, accuracy
 from finetune import TrainingPlan, training_run
 from retrieval import PrivateIndex, RetrievalGuard
+from retrieval.grid import on_grid
 
 BUDGET, UNIT = "bbc-news", "article"
 EPSILON, DELTA = 6.0, 1e-5
@@ -104,7 +105,9 @@ def work(ledger: Path) -> Outcome:
         winners, refusal, seq = _ask(guard, queries, progress)
         seconds["votes"] = perf_counter() - start
     truth = [article.topic for article in held_out]
-    plain = [TOPICS[int(index.histogram(query, VOTE_THRESHOLD).argmax())] for query in queries]
+    plain = [
+        TOPICS[int(index.histogram(query, VOTE_THRESHOLD).argmax())] for query in on_grid(queries)
+    ]
     return Outcome(
         records=len(private),
         majority=max(Counter(truth).values()) / len(truth),
