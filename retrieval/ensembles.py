@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ _FINE = 2.0**20
 T = TypeVar("T")
 U = TypeVar("U")
 
+Logits = NDArray[np.float32] | NDArray[np.float64]
 Continuation = Callable[[int | None], NDArray[np.float32]]
 """Takes the token before (None at first); returns the next one's logits, of shape (vocabulary,)."""
 
@@ -83,10 +85,10 @@ class Sampler:
         Args:
             swapped: Whether one unit's leaving brings in another, which moves logits twice as far.
         """
-        moved = 2 * self.clip / (self.divisor * self.temperature)
+        moved = 2 * self.clip / self.divisor / self.temperature
         return ExponentialMechanism(moved * (2 if swapped else 1))
 
-    def draw(self, public: NDArray[np.float32], private: Iterable[NDArray[np.float32]]) -> int:
+    def draw(self, public: Logits, private: Iterable[NDArray[np.float32]]) -> int:
         """Return the next token.
 
         Args:
@@ -96,17 +98,28 @@ class Sampler:
         Raises:
             InvalidQuery: If the public ones are no logits.
         """
-        base = np.asarray(public, np.float64)
-        if base.ndim != 1 or np.isnan(base).any() or not np.isfinite(base.max(initial=-math.inf)):
-            raise InvalidQuery(f"the public logits, of shape {base.shape}, are not those of tokens")
+        scores = self.scores(public, private)
+        return int(np.argmax(scores + sampling.gumbel(len(scores), 1.0)))
+
+    def scores(self, public: Logits, private: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
+        """Return what tokens are drawn by: with probability proportional to exp(score).
+
+        Args and errors as for :meth:`draw`. NOT private.
+        """
+        base = checked_logits(public)
         total = np.zeros(len(base), np.int64)
-        for logits in private:
-            total += self._contribution(base, logits)
-        moved = base + total * (self.clip / self.divisor / _FINE)
+        contribution = or_none(partial(self._contribution, base))
+        for steps in map(contribution, private):
+            if steps is not None:
+                total += steps
+        # The largest is moved to 0: where base is large, rounding would move more than a unit may.
+        moved = base - base.max() + total * (self.clip / self.divisor / _FINE)
         if self.top_k is not None and self.top_k < len(base):
             least = np.partition(base, -self.top_k)[-self.top_k] - 2 * self.clip / self.divisor
             moved[base < least] = -math.inf
-        return int(np.argmax(moved / self.temperature + sampling.gumbel(len(moved), 1.0)))
+        with np.errstate(over="ignore"):
+            scores: NDArray[np.float64] = moved / self.temperature
+        return scores
 
     def _contribution(
         self, base: NDArray[np.float64], logits: NDArray[np.float32]
@@ -115,9 +128,27 @@ class Sampler:
         own = np.asarray(logits, np.float64)
         if own.shape != base.shape:
             return np.zeros(len(base), np.int64)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             difference = np.nan_to_num((own - base) / self.clip, nan=0.0)
         return np.rint(np.clip(difference, -1, 1) * _FINE).astype(np.int64)
+
+
+def checked_logits(public: Logits) -> NDArray[np.float64]:
+    """Return the logits of a public prompt.
+
+    Raises:
+        InvalidQuery: If they are not those of tokens; -inf is one that is never drawn.
+
+    >>> checked_logits(np.float32([0.5, -np.inf]))
+    array([ 0.5, -inf])
+    """
+    try:
+        base = np.asarray(public, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidQuery(f"the public logits are not an array of numbers: {error}") from error
+    if base.ndim != 1 or np.isnan(base).any() or not np.isfinite(base.max(initial=-math.inf)):
+        raise InvalidQuery(f"the public logits, of shape {base.shape}, are not those of tokens")
+    return base
 
 
 def or_none(function: Callable[[T], U]) -> Callable[[T], U | None]:
@@ -146,10 +177,20 @@ def ballots(
     return np.bincount(votes, minlength=len(answers))
 
 
+def begun(model: LanguageModel, public: str) -> tuple[Continuation, NDArray[np.float64]]:
+    """Return what continues the public prompt, and its first logits: before anything is paid for.
+
+    Raises:
+        InvalidQuery: If they are not those of tokens.
+    """
+    base = model.begin(public)
+    return base, checked_logits(base(None))
+
+
 def generated(
     model: LanguageModel,
     sampler: Sampler,
-    public: str,
+    public: tuple[Continuation, NDArray[np.float64]],
     private: Callable[[], Sequence[str]],
     mark: Callable[[], object],
     most: int,
@@ -159,22 +200,25 @@ def generated(
     Args:
         model: Continues the prompts.
         sampler: Draws each token.
-        public: A prompt without private data.
+        public: A prompt without private data, :func:`begun`.
         private: Returns one prompt of each unit.
         mark: Pays for one token.
         most: Of tokens.
     """
-    base = model.begin(public)
+    base, logits = public
     drawn: list[int] = []
-    while len(drawn) < most:
+    own: list[Callable[[int | None], NDArray[np.float32] | None]] = []
+    while True:
         mark()
         if not drawn:
-            begun = [or_none(model.begin)(prompt) for prompt in private()]
-            own = [or_none(step) for step in begun if step is not None]
+            prompts = map(or_none(model.begin), private())
+            own = [or_none(step) for step in prompts if step is not None]
         before = drawn[-1] if drawn else None
         heard = (step(before) for step in own)
-        token = sampler.draw(base(before), (logits for logits in heard if logits is not None))
+        token = sampler.draw(logits, (each for each in heard if each is not None))
         if token == model.end:
             return tuple(drawn), True
         drawn.append(token)
-    return tuple(drawn), False
+        if len(drawn) == most:
+            return tuple(drawn), False
+        logits = checked_logits(base(token))

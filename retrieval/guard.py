@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dp import Gaussian, Repeated, SparseVector, sampling, validate
 from retrieval.answers import Centroid, Count, Generation, Presence, Selection, Vote
-from retrieval.ensembles import LanguageModel, Sampler, ballots, generated, or_none
+from retrieval.ensembles import LanguageModel, Sampler, ballots, begun, generated, or_none
 from retrieval.errors import InvalidQuery, NoCorpusGuarantee
 from retrieval.grid import STEPS, checked_query, checked_threshold
 from retrieval.index import PrivateIndex
@@ -353,14 +353,15 @@ class RetrievalGuard(PaidQuestions):
             sampler: How each token is drawn, and with that what it costs.
 
         Raises:
-            InvalidQuery: If something is malformed; nothing was charged.
+            InvalidQuery: If something is malformed, the public prompt's first logits included;
+                nothing was charged.
             BudgetExceeded: If not all tokens fit; nothing was read.
             AccountantError: As for ``Accountant.reserve``.
         """
         vector, threshold = self._checked(query, threshold)
         index, event = self._own_index("generate"), sampler.event(swapped=True)
         uses, most = validate.count(tokens=tokens), validate.count(most=most)
-        public = prompt(None)
+        public = begun(model, prompt(None))
         question = self._question(event, "generate", vector, None, threshold=threshold)
         whole = replace(question, event=Repeated(event, uses))
 
