@@ -1,4 +1,4 @@
-"""Retrievers for LangChain, LlamaIndex and Haystack, each with a guard inside.
+"""Retrievers for LangChain, LlamaIndex and Haystack, each with a guard inside; and models for text.
 
 A retriever returns ONE document: the released answer in words, with the guarantee in its metadata.
 There is one module per framework, with one class of the same name::
