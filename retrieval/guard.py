@@ -339,8 +339,9 @@ class RetrievalGuard(PaidQuestions):
     ) -> Generation:
         """Generate text from at most ``most`` units, token by token, each paid before it is drawn.
 
-        All tokens are reserved; those after the end are returned. A unit that leaves the best ones
-        makes room for another, which is priced.
+        All tokens are reserved; those after the end are returned, and where the public prompt fails
+        later than at its first token all are spent. A unit that leaves the best ones makes room for
+        another, which is priced.
 
         Args:
             query: Vector of shape (dimensions,) and L2 norm 1.
