@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from accountant import Accountant, Reservation, ReservationError, UnitMismatch
 from accountant.requests import Holds
 from finetune.errors import CheckpointInvalid, PlanChanged
 from finetune.plan import TrainingPlan
@@ -117,6 +118,43 @@ class Checkpoint:
         except Exception as error:  # optimizers raise anything on foreign state
             raise CheckpointInvalid(
                 path, f"it is of another model or optimizer, resume with those it is of: {error}"
+            ) from error
+
+    def adopt(
+        self,
+        path: Path,
+        accountant: Accountant,
+        *,
+        budget: str,
+        plans: Sequence[TrainingPlan],
+        unit: str,
+    ) -> list[Reservation]:
+        """Take over the reservations of the run, with the steps that are left by the ledger.
+
+        Raises:
+            PlanChanged: If it was priced for other plans.
+            UnitMismatch: If the unit is not the budget's.
+            CheckpointInvalid: If it ended, or is of another ledger or budget.
+        """
+        self.check_plans(plans)
+        kept = accountant.budget(budget)
+        if unit != kept.unit:
+            relation = kept.filter.relation
+            raise UnitMismatch(budget, (kept.unit, relation), (unit, relation))
+        named = {name for _, holds in self.segments for name, _ in holds}
+        if self.ledger != accountant.ledger or named != {budget}:
+            raise CheckpointInvalid(
+                path,
+                f"it is of budget {', '.join(sorted(named))} in ledger {self.ledger}, and not of"
+                f" {budget} in {accountant.ledger}; open that one, or name another file",
+            )
+        try:
+            return [accountant.adopt(holds, each.event) for each, holds in self.segments]
+        except ReservationError as error:
+            raise CheckpointInvalid(
+                path,
+                f"its run cannot go on ({error}); if it has ended, its weights as last saved are"
+                " torch.load(path, weights_only=True)['model']; name another file for a new run",
             ) from error
 
     def check_plans(self, plans: Sequence[TrainingPlan]) -> None:

@@ -37,66 +37,31 @@ Not covered:
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
-from torch import (
-    Tensor,
-    get_float32_matmul_precision,
-    is_autocast_enabled,
-    is_grad_enabled,
-    nn,
-)
-from torch.optim import LBFGS, Optimizer
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from accountant import (
-    Accountant,
-    AccountantError,
-    BudgetExceeded,
-    Reservation,
-    ReservationError,
-    UnitMismatch,
-)
+from accountant import Accountant, AccountantError, BudgetExceeded, Reservation
 from dp import InvalidParameter, validate
-from finetune import distributed
-from finetune.batches import Counted, PoissonSampler, Sealed, made_up
+from finetune import distributed, wrapping
+from finetune.batches import PoissonSampler, made_up
 from finetune.checkpoints import Checkpoint
-from finetune.clipping import GhostModule, HooksModule
 from finetune.distributed import Steps
-from finetune.errors import (
-    CheckpointInvalid,
-    DeclaredExceeded,
-    NotPoissonSampled,
-    SkippedStep,
-    UnitsMixed,
-    UnmarkedStep,
-    UnsupportedModel,
-    UnsupportedSetting,
-)
-from finetune.models import check_model, mixes_rows, out_of_place
+from finetune.errors import CheckpointInvalid, NotPoissonSampled, SkippedStep, UnmarkedStep
+from finetune.models import out_of_place
 from finetune.optimizers import Guarded, Turn
 from finetune.plan import TrainingPlan
-from finetune.selftest import check_made_up, same_draws_after
+from finetune.selftest import same_draws_after
 from finetune.supervision import Told, next_number, tell
 
 _LOG = logging.getLogger(__name__)
-_MODES = {"hooks": HooksModule, "ghost": GhostModule}
-_MADE_UP = 4
-"""Rows of the batch that a loss is tried on."""
 
 
 @contextmanager
@@ -149,31 +114,11 @@ def _run_on_this_rank(
     plans = (plan,) if isinstance(plan, TrainingPlan) else tuple(plan)
     path = None if checkpoint is None else Path(checkpoint)
     saved = Checkpoint.read(path) if path is not None and path.exists() else None
-    file = path or Path()
 
     def claimed() -> Sequence[Reservation]:
-        if saved is None:
+        if path is None or saved is None:
             return _reserved(accountant, budget, plans, unit, activity)
-        saved.check_plans(plans)
-        kept = accountant.budget(budget)
-        if unit != kept.unit:
-            relation = kept.filter.relation
-            raise UnitMismatch(budget, (kept.unit, relation), (unit, relation))
-        named = {name for _, holds in saved.segments for name, _ in holds}
-        if saved.ledger != accountant.ledger or named != {budget}:
-            raise CheckpointInvalid(
-                file,
-                f"it is of budget {', '.join(sorted(named))} in ledger {saved.ledger}, and not of"
-                f" {budget} in {accountant.ledger}; open that one, or name another file",
-            )
-        try:
-            return [accountant.adopt(holds, each.event) for each, holds in saved.segments]
-        except ReservationError as error:
-            raise CheckpointInvalid(
-                file,
-                f"its run cannot go on ({error}); if it has ended, its weights as last saved are"
-                " torch.load(path, weights_only=True)['model']; name another file for a new run",
-            ) from error
+        return saved.adopt(path, accountant, budget=budget, plans=plans, unit=unit)
 
     distributed.same_plans(plans)
     number = next_number()
@@ -331,54 +276,16 @@ class TrainingRun:
             RowsMixed: If ``loss`` is one in which rows change each other's gradients.
             CheckpointInvalid: If the run's checkpoint cannot be written, or is of another model.
         """
-        if isinstance(loader.dataset, IterableDataset):
-            raise NotPoissonSampled(
-                "an IterableDataset cannot be Poisson-sampled; load it into a map-style dataset"
-            )
-        if not isinstance(loader.sampler, SequentialSampler | RandomSampler):
-            raise NotPoissonSampled(
-                f"the loader draws by {type(loader.sampler).__name__}, which Poisson sampling"
-                " would replace; pass a plain DataLoader over the rows to sample"
-            )
-        if isinstance(optimizer, LBFGS):
-            raise UnsupportedSetting(
-                "optimizer",
-                "LBFGS",
-                "it takes several gradients a step; use one that needs one, as AdamW",
-            )
-        if isinstance(optimizer, DPOptimizer):
-            raise TypeError("pass the plain optimizer, not the one of an earlier run")
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {sorted(_MODES)}, got {mode!r}")
+        wrapping.check_parts(optimizer, loader, mode=mode)
         if self._optimizer is not None:
             raise TypeError("this run has its model; start another run for another one")
-        check_model(model)
-        trained = [each for group in optimizer.param_groups for each in group["params"]]
-        if not {*map(id, trained)} <= {*map(id, model.parameters())}:
-            raise UnsupportedModel(
-                "the optimizer has weights that are not the model's; make it of model.parameters()"
-            )
-        if self._units is not None and len(loader.dataset) > self._units:  # type: ignore[arg-type]
-            raise DeclaredExceeded(
-                "units of the budget",
-                self._units,
-                "a row is one unit here: sample or join the rows of a unit (OneRowPerUnit), or"
-                " create the budget with the number of rows",
-            )
+        trained = wrapping.weights_of(model, optimizer)
+        wrapping.check_units(loader, self._units)
         distributed.same_rows(loader.dataset)
         with same_draws_after():
-            example, rows = loader.dataset[0], loader.dataset
-            tried = loss and made_up(loader.collate_fn, example, _MADE_UP)
-        if distributed.ranks() > 1:
-            share = range(distributed.rank(), len(rows), distributed.ranks())  # type: ignore[arg-type]
-            rows = Subset(rows, share)
-        self._fresh = lambda plan, most: _loader(
-            loader,
-            rows,
-            PoissonSampler(len(rows), plan.sampling_probability, plan.steps, most),  # type: ignore[arg-type]
-            Counted(loader.collate_fn, example),
-        )
-        self._loader = _loader(loader, rows, Sealed(self.steps), loader.collate_fn)
+            example = loader.dataset[0]
+            tried = loss and made_up(loader.collate_fn, example, wrapping.MADE_UP)
+        self._fresh, self._loader = wrapping.samples_of(loader, example, steps=self.steps)
         if self._saved is not None and self._saved.model is not None:
             self._saved.load_into(self._path or Path(), model, optimizer)
         elif self._saved is not None and self._path is not None and not distributed.rank():
@@ -387,38 +294,17 @@ class TrainingRun:
         names = {id(each): name for name, each in model.named_parameters()}
         distributed.same_names([names[id(each)] for each in trained])
         if loss and tried:
-            self._try(model, loss, tried)
-        # Of the first layer, whose input needs no gradient: Opacus's hooks are right all the same.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are")
+            wrapping.try_loss(model, loss, tried, turn=self.turn)
         self._undo.enter_context(out_of_place(model))
-        try:
-            self._model = _MODES[mode](model, loss_reduction="mean")
-        except (NotImplementedError, ValueError) as error:
-            raise UnsupportedModel(f"Opacus cannot take the model: {error}") from error
+        self._model = wrapping.with_row_gradients(model, mode)
         self._optimizer = Guarded(optimizer, plan=self.plan, turn=self.turn, module=self._model)
 
+        # A function, and not a method: a copy of the model must not try to copy the run with it.
         def drop(parameter: Tensor) -> None:
             if self._optimizer is not None:
                 self._optimizer.saw(parameter)
 
-        def check_rows(module: nn.Module, inputs: tuple[Any, ...], others: Any) -> None:
-            self._check_rows(module, inputs, others)
-
-        def check_statistics(module: nn.Module, _: object) -> None:
-            self._check_statistics(module)
-
-        # Functions, and not methods: a copy of the model must not try to copy the run with them.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
-                self._undo.callback(hook.remove)
-        for module in model.modules():
-            if any(each.requires_grad for each in module.parameters(recurse=False)):
-                hook = module.register_forward_pre_hook(check_rows, with_kwargs=True)
-                self._undo.callback(hook.remove)
-            if mixes_rows(module):
-                hook = module.register_forward_pre_hook(check_statistics)
-                self._undo.callback(hook.remove)
+        wrapping.watch(model, self.turn, drop=drop, undo=self._undo)
         return self._model, self._optimizer, self._loader
 
     def batches(self, loader: DataLoader[Any], *, physical: int | None = None) -> Iterator[Any]:
@@ -523,76 +409,3 @@ class TrainingRun:
                 " loader that make_private returned (a shuffled loader has no amplification)"
             )
         return self._optimizer, None if physical is None else validate.count(physical=physical)
-
-    def _try(self, model: nn.Module, loss: Callable[..., Tensor], batches: tuple[Any, Any]) -> None:
-        """Try a loss on two batches, of which the second lacks the last row of the first."""
-
-        def counted(model: nn.Module, batch: tuple[int, Any]) -> Tensor:
-            self.turn.rows = batch[0]
-            return loss(model, batch[1])
-
-        whole, part = batches
-        try:
-            check_made_up(model, counted, (_MADE_UP, whole), (_MADE_UP - 1, part))
-        finally:
-            self.turn.rows = 0
-
-    def _check_statistics(self, module: nn.Module) -> None:
-        """Raise if a layer of batch statistics was put back into training."""
-        if module.training and self.turn.paid:
-            raise UnsupportedModel(
-                f"{type(module).__name__} is in training mode, in which batch statistics mix rows"
-                " and are kept without noise; put it in eval() after each model.train()"
-            )
-
-    def _check_rows(self, module: nn.Module, inputs: tuple[Any, ...], others: Any) -> None:
-        """Raise if a layer that is trained sees anything else than the rows of the batch."""
-        if not (is_grad_enabled() and self.turn.paid):
-            return
-        name, rows = f"{type(module).__name__}, which is trained,", max(1, self.turn.rows)
-        if not module.training:
-            raise UnsupportedModel(
-                f"{name} was put in evaluation mode, in which no gradients of single rows are seen;"
-                " call model.train() before the next batch, and take torch.no_grad() for a look at"
-                " the loss"
-            )
-        if not inputs or not all(isinstance(each, Tensor) for each in inputs):
-            raise UnsupportedModel(
-                f"{name} is called without tensors, or with them by keyword, and Opacus cannot see"
-                " those; pass them by position, freeze it, or train adapters (by position"
-                f" {[type(each).__name__ for each in inputs]}, by keyword {sorted(others)})"
-            )
-        precision = get_float32_matmul_precision()
-        if precision != "highest":
-            raise UnsupportedSetting(
-                "float32_matmul_precision",
-                precision,
-                "sums of clipped rows would be rounded by more than is allowed for; call"
-                " torch.set_float32_matmul_precision('highest')",
-            )
-        for each in inputs:
-            if is_autocast_enabled(each.device.type):
-                raise UnsupportedSetting(
-                    "autocast", each.device.type, "it rounds gradients; train in float32"
-                )
-            if each.shape[:1] != (rows,):
-                raise UnitsMixed(
-                    f"{name} got an input of shape {tuple(each.shape)} in a batch of {rows} rows:"
-                    " gradients of single rows can only be told apart where rows are the first"
-                    " dimension of every input (pass position_ids of shape (rows, tokens) to models"
-                    " with a table of positions)"
-                )
-
-
-def _loader(
-    of: DataLoader[Any], rows: Any, sampler: Sampler[list[int]], collate: Callable[..., Any]
-) -> DataLoader[Any]:
-    """Return a loader of these rows that is otherwise like another."""
-    return DataLoader(
-        rows,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=of.num_workers,
-        pin_memory=of.pin_memory,
-        worker_init_fn=of.worker_init_fn,
-    )
