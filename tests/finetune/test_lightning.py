@@ -28,8 +28,6 @@ from lightning.pytorch.callbacks import (  # noqa: E402
     ThroughputMonitor,
 )
 
-from accountant import Accountant  # noqa: E402
-from dp import adaptive  # noqa: E402
 from finetune import (  # noqa: E402
     NotPoissonSampled,
     RowsMixed,
@@ -40,6 +38,7 @@ from finetune import (  # noqa: E402
 from finetune.lightning import UnsupportedSetting, fit  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread", "in_its_folder"),
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -48,21 +47,8 @@ ROWS, NOISELESS, CLIP = 12, 5e-3, 0.5
 
 
 @pytest.fixture(autouse=True)
-def quiet_and_one_thread(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def quiet():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def accountant(tmp_path):
-    """A budget in which almost no noise fits."""
-    with Accountant.open(tmp_path / "ledger.db") as accountant:
-        accountant.create_budget("b", adaptive(1e6, 1e-5), unit="row")
-        yield accountant
 
 
 class Rows(Dataset):

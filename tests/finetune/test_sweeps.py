@@ -47,6 +47,7 @@ from finetune import (
 )
 from finetune.sweeps import Winner, sweep, sweep_event
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = 40
 PLAN = TrainingPlan(2.0, 0.2, steps=3, expected_batch_size=8)
 SHORT = TrainingPlan(2.0, 0.2, steps=1, expected_batch_size=4, max_grad_norm=0.5)
@@ -58,14 +59,6 @@ def geometric(trial):
 
 
 EVENT = geometric(Repeated(PLAN.event, 3))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

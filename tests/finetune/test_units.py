@@ -36,19 +36,13 @@ from finetune import (
     training_run,
     unit_guarantee,
 )
+from tests.finetune.worlds import sums_of
 from tests.strategies import examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLIP = 0.5
 IDS = ["ann"] * 8 + ["bob", "cyn", "cyn"]
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- what one unit moves ------------------------------------------------------------------------
@@ -70,18 +64,12 @@ def clipped_sum(tmp_path, rows, *, unit):
             model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             model, optimizer, loader = run.make_private(model, optimizer, DataLoader(rows))
-            sums, add_noise = [], optimizer.add_noise
-
-            def noted():
-                sums.extend(part.summed_grad.clone().flatten() for part in model.parameters())
-                add_noise()
-
-            optimizer.add_noise = noted
+            sums = sums_of(optimizer)
             for (features,) in run.batches(loader):
                 model(features.flatten(1).reshape(len(features), -1, 2)).mean().backward()
                 optimizer.step()
-    (found,) = sums
-    return found
+    ((found,),) = sums
+    return found.flatten()
 
 
 def moved(tmp_path, dataset, *, unit, without="ann"):
