@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-import time
-from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -19,56 +14,10 @@ from accountant import (
     UnitMismatch,
     UnknownBudget,
 )
-from accountant.writer import Writer
 from dp import Gaussian, PureDP, Repeated
+from tests.accountant.ledgers import in_one_batch
 
 ASK = {"unit": "article", "activity": "survey"}
-
-
-def in_one_batch(location: Path, *calls: Callable[[], object]) -> list[object]:
-    """Hold the write lock until every call waits in the queue; return their outcomes in order."""
-    outcomes: dict[int, object] = {}
-
-    def go(number: int) -> None:
-        try:
-            outcomes[number] = calls[number]()
-        except Exception as error:  # noqa: BLE001
-            outcomes[number] = error
-
-    queued: list[str] = []
-
-    def noting(name: str) -> Callable[..., object]:
-        method = getattr(Writer, name)
-
-        def noted(*given: object) -> object:
-            if name == "close":  # which does not return meanwhile
-                queued.append(name)
-                return method(*given)
-            done = method(*given)
-            queued.append(name)
-            return done
-
-        return noted
-
-    threads = [threading.Thread(target=go, args=(number,)) for number in range(len(calls))]
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        closing(sqlite3.connect(location, isolation_level=None)) as other,
-    ):
-        for name in ("enqueue", "close"):
-            patch.setattr(Writer, name, noting(name))
-        other.execute("BEGIN IMMEDIATE")
-        deadline = time.monotonic() + 25  # before SQLite gives up
-        for number, thread in enumerate(threads, 1):
-            thread.start()
-            while len(queued) < number:
-                assert time.monotonic() < deadline, f"call {number} is not in the queue"
-                time.sleep(0.001)
-        assert not outcomes
-        other.execute("ROLLBACK")
-        for thread in threads:
-            thread.join()
-    return [outcomes[number] for number in range(len(calls))]
 
 
 def test_every_ask_of_a_batch_gets_its_own_answer(accountant, location):

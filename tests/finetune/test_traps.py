@@ -283,7 +283,7 @@ REPORTED = {
 
 
 def test_no_trap_is_left_out():
-    without_effect = {8, 11, 15, 17, 18}  # each with a test of its own below; 17 in test_modes
+    without_effect = {8, 11, 15, 17, 18}  # each has a test below; 17 in test_clipped_sums
     assert {number for number, *_ in TRAPS.values()} | {*REPORTED} | without_effect == {
         *range(1, 21)
     }
