@@ -261,13 +261,12 @@ def check_continues(
         valid = {(name, hash_) for name, hash_, _ in signatures(notes[-1])}
     else:
         valid = {(handed.name, handed.hash)}
+    known = "the last key is " + ", ".join(f"{name}+{hash_}" for name, hash_ in sorted(valid))
     new, lost = _handover(checkpoint)
     if lost is not None and new != handed and lost not in {hash_ for _, hash_ in valid}:
-        known = ", ".join(f"{name}+{hash_}" for name, hash_ in sorted(valid))
-        raise AnchorInvalid("anchors", f"the last key is {known}, and not {lost}")
+        raise AnchorInvalid("anchors", f"{known}, and not {lost}")
     if lost is None and valid.isdisjoint((key.name, key.hash) for key in keys):
-        known = ", ".join(f"{name}+{hash_}" for name, hash_ in sorted(valid))
-        reason = f"the last key is {known}; sign with it, or rotate from it to another"
+        reason = f"{known}; sign with it, or rotate from it to another"
         raise AnchorInvalid("anchors", reason)
 
 

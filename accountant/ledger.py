@@ -28,19 +28,17 @@ from dataclasses import replace
 from typing import Any
 
 from accountant.books import Book, Hold, Keyed, Transaction
-from accountant.budgets import Budget
 from accountant.entries import NO_EVENT, Kind
 from accountant.errors import (
     BudgetClosed,
     BudgetExceeded,
-    BudgetExists,
-    DatasetCovered,
     InvalidRequest,
     KeyReused,
     ReleaseUnknown,
     ReservationError,
     UnitMismatch,
 )
+from accountant.opening import open_budget
 from accountant.requests import (
     Adopt,
     Anchor,
@@ -92,7 +90,7 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
         case Anchor(note):
             return Receipt("", tx.add_checkpoint(note), digest(note.encode()).hex())
         case Open():
-            return _open(tx, request, now)
+            return open_budget(tx, request, now)
         case Close(name, note):
             book = tx.book(name)
             if book.closed:
@@ -176,63 +174,6 @@ def decide(tx: Transaction, request: Request, now: int) -> Outcome:
 
 _Priced = list[tuple[Book, bytes, Price]]
 _Held = list[tuple[Book, Hold]]
-
-
-def _open(tx: Transaction, ask: Open, now: int) -> Receipt:
-    budget, name = ask.budget, ask.budget.name
-    if tx.find_book(name) is not None:
-        raise BudgetExists(name)
-    if budget.quota_of is not None:
-        if tx.book(budget.quota_of).closed:
-            raise BudgetClosed(budget.quota_of)
-        _check_same_promise(budget, tx.book(budget.quota_of).budget)
-    old, imported = None, ask.imported
-    others = [other for other in tx.budgets() if other.quota_of is None]
-    replaced = {other.supersedes: other.name for other in others}
-    if budget.supersedes is not None:
-        old = tx.book(budget.supersedes)
-        if old.budget.name in replaced:
-            raise DatasetCovered(name, replaced[old.budget.name])
-        _check_same_promise(budget, old.budget)
-        lost = {old.budget.dataset, *old.budget.lineage} - {None, budget.dataset, *budget.lineage}
-        if lost:
-            raise InvalidRequest(
-                f"budget {name!r}: the fingerprints {sorted(map(str, lost))} of the budget that"
-                " it supersedes must be its dataset's, or in its lineage"
-            )
-        imported += tx.spent(old)
-    for other in others:
-        if other.name != budget.supersedes and other.name not in replaced and budget.covers(other):
-            raise DatasetCovered(name, other.name)
-    limits = budget.filter
-    totals: Price = (0,) * len(limits.limits)
-    for event, uses in imported:
-        price = limits.price(event)
-        totals, before = limits.after(totals, price, uses), totals
-        if not limits.admits(totals):
-            fit = limits.uses_that_fit(before, price)
-            raise BudgetExceeded(name, event, uses, fit, limits.advice(price))
-    book = Book(budget, totals=totals)
-    tx.add_book(book)  # from here on nothing is refused
-    receipt = book.append(Kind.OPEN, now, event=digest(budget.to_json()))
-    for event, uses in imported:
-        digested, _ = tx.price(book, event)
-        tx.keep_event(book, digested)
-        origin = "imported" if old is None else old.budget.name
-        book.append(Kind.IMPORT, now, event=digested, uses=uses, activity=origin)
-    if old is not None and not old.closed:
-        old.closed = True
-        old.append(Kind.CLOSE, now, event=digest(budget.to_json()), note=f"superseded by {name}")
-    return receipt
-
-
-def _check_same_promise(budget: Budget, other: Budget) -> None:
-    expected = (other.unit, other.filter.relation)
-    given = (budget.unit, budget.filter.relation)
-    if given != expected:
-        raise UnitMismatch(other.name, expected, given)
-    if other.quota_of is not None:
-        raise InvalidRequest(f"{other.name!r} is a quota, not a dataset's budget")
 
 
 def _charge(tx: Transaction, ask: Charge, now: int) -> Outcome:
