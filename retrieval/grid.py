@@ -61,10 +61,7 @@ def checked_rows(vectors: ArrayLike) -> NDArray[np.float32]:
     Raises:
         InvalidIndex: If they are anything else; it names the first row that is wrong.
     """
-    try:
-        rows = np.asarray(vectors, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidIndex(f"the vectors are not an array of numbers: {error}") from error
+    rows = _numbers(vectors, "the vectors are not an array of numbers", InvalidIndex)
     if rows.ndim != 2 or not rows.size:
         raise InvalidIndex(f"vectors must have shape (rows, dimensions), got {rows.shape}")
     check_kernel(rows.shape[1])
@@ -78,25 +75,32 @@ def checked_rows(vectors: ArrayLike) -> NDArray[np.float32]:
     return on_grid(rows)
 
 
-def checked_query(query: ArrayLike, dimensions: int | None = None) -> NDArray[np.float32]:
+def checked_query(
+    query: ArrayLike, dimensions: int | None = None, *, name: str = "the query"
+) -> NDArray[np.float32]:
     """Return the query on the grid, of shape (dimensions,), or any dimensions if None.
 
     Raises:
         InvalidQuery: If it is no vector of that shape and L2 norm 1.
     """
-    try:
-        vector = np.asarray(query, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidQuery(f"the query is not a vector of numbers: {error}") from error
+    vector = _numbers(query, f"{name} is not a vector of numbers", InvalidQuery)
     if vector.ndim != 1 or len(vector) != (len(vector) if dimensions is None else dimensions):
         raise InvalidQuery(
-            f"the query has shape {vector.shape}, it needs ({dimensions or 'dimensions'},)"
+            f"{name} has shape {vector.shape}, it needs ({dimensions or 'dimensions'},)"
         )
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if not abs(norm - 1) <= NORM_TOLERANCE:
-        raise InvalidQuery(f"the query has L2 norm {norm:g}, not 1; normalise it")
+        raise InvalidQuery(f"{name} has L2 norm {norm:g}, not 1; normalise it")
     grid: NDArray[np.float32] = on_grid(vector[None])[0]
     return grid
+
+
+def _numbers(values: ArrayLike, what: str, error: type[RetrievalError]) -> NDArray[np.float32]:
+    try:
+        with np.errstate(over="ignore"):  # infinities have no norm of 1
+            return np.asarray(values).astype(np.float32, casting="same_kind", copy=False)
+    except (TypeError, ValueError, RuntimeError) as reason:  # RuntimeError: PyTorch's
+        raise error(f"{what}: {reason}") from reason
 
 
 def checked_threshold(threshold: float) -> float:

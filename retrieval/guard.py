@@ -217,9 +217,16 @@ class RetrievalGuard(PaidQuestions):
         """
         vector, threshold = self._checked(query, threshold)
         index = self._own_index("select")
-        names = tuple(candidates)
+        if not isinstance(candidates, Mapping):
+            raise InvalidQuery("candidates must be a mapping of names to vectors")
+        names = public_list("the names of candidates", tuple(candidates))
         event = selection(epsilon, k, len(names))
-        rows = np.stack([checked_query(candidates[name], index.dimensions) for name in names])
+        rows = np.stack(
+            [
+                checked_query(candidates[name], index.dimensions, name=f"candidate {name!r}")
+                for name in names
+            ]
+        )
         public = hashlib.sha256(json.dumps(names).encode() + rows.tobytes()).hexdigest()
         question = self._question(
             event, "select", vector, key, threshold=threshold, candidates=public

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,8 @@ def public_list(name: str, items: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InvalidQuery: If they are not distinct texts in an order, and at least one.
     """
-    listed = () if isinstance(items, str | set | frozenset) else tuple(items)
+    unordered = isinstance(items, str | set | frozenset) or not isinstance(items, Iterable)
+    listed = () if unordered else tuple(items)
     if not listed or len(set(listed)) < len(listed) or not all(isinstance(x, str) for x in listed):
         raise InvalidQuery(f"{name} must be a list of distinct texts, and at least one")
     return listed
