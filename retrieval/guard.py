@@ -173,8 +173,11 @@ class RetrievalGuard(PaidQuestions):
         """
         threshold, bar = checked_threshold(threshold), bar_of(bar)
         event = SparseVector(threshold_noise, query_noise, positives, monotone=True)
-        if max(event.threshold_noise, event.query_noise) > sampling.LARGEST:
-            raise InvalidQuery(f"noise must be at most {sampling.LARGEST:g} units")
+        for noise in (event.threshold_noise, event.query_noise):
+            if not sampling.SMALLEST <= noise <= sampling.LARGEST:
+                raise InvalidQuery(
+                    f"noise must be from {sampling.SMALLEST:g} to {sampling.LARGEST:g} units"
+                )
         question = Question(event, "retrieval/above_threshold", f"{threshold=:g}, {bar=}", b"")
         return AboveThreshold(
             self._charges.pay(question).seq,

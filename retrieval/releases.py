@@ -32,9 +32,11 @@ def selection(epsilon: float, k: int, candidates: int) -> GumbelTopK:
 
     Raises:
         InvalidParameter: If epsilon or k is not above 0.
-        InvalidQuery: If there are fewer candidates.
+        InvalidQuery: If there are fewer candidates, or epsilon is too small for doubles.
     """
     event = GumbelTopK(epsilon, k)
+    if event.epsilon < 1 / _MOST_NOISE:
+        raise InvalidQuery(f"epsilon must be at least {1 / _MOST_NOISE:g}, got {epsilon!r}")
     if event.k > candidates:
         raise InvalidQuery(f"k = {k} of {candidates} candidates: at most as many as there are")
     return event
