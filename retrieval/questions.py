@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ from accountant import Accountant
 from accountant.accountant import Budgets
 from dp import Event, NeighboringRelation
 from retrieval.answers import Answer
-from retrieval.errors import InvalidQuery
+from retrieval.errors import InvalidQuery, RetrievalError
 from retrieval.grid import checked_query, checked_threshold
 from retrieval.index import Corpus, PrivateIndex, Retrieved
 from retrieval.payments import Charges, Leases, Payments, Question, units_that_pay
@@ -145,6 +145,9 @@ class PaidQuestions:
         guard = type(self).__new__(type(self))
         guard.__dict__ |= self.__dict__ | {"_payments": payments}
         return guard
+
+    def __reduce__(self) -> NoReturn:
+        raise RetrievalError("a guard belongs to the process that opened its ledger: no copies")
 
     # --- common parts -----------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from numpy.typing import ArrayLike
 
+from accountant.forks import process
 from dp import SparseVector, sampling
 from retrieval.errors import InvalidQuery
 
@@ -29,7 +31,7 @@ class AboveThreshold:
         self.seq, self.left = seq, event.positives
         self._event, self._count = event, count
         self._bar = bar + sampling.discrete_laplace(event.threshold_noise)
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), process()
 
     def ask(self, query: ArrayLike) -> bool:
         """Say whether about as many units as the bar are found.
@@ -38,9 +40,11 @@ class AboveThreshold:
             query: Vector of shape (dimensions,) and L2 norm 1.
 
         Raises:
-            InvalidQuery: If the query is malformed, or no answer of yes is left; the corpus was
-                not read.
+            InvalidQuery: If the query is malformed, no answer of yes is left, or another process
+                paid for the session; the corpus was not read.
         """
+        if process() != self._process:  # before the lock: a fork may have copied it taken
+            raise InvalidQuery("another process paid for this session; pay for one in this process")
         with self._lock:
             if not self.left:
                 raise InvalidQuery("this session has said yes as often as was paid for")
@@ -48,3 +52,6 @@ class AboveThreshold:
             found = noisy >= self._bar
             self.left -= found
             return found
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidQuery("a session says yes as often as was paid for: no copies")
