@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ from retrieval.grid import checked_rows
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Positions = NDArray[np.intp]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,9 +54,9 @@ def checked(
         InvalidIndex: If a guarantee could not be given for them; it says why, to the owner.
     """
     rows = checked_rows(vectors)
-    for name, column in (("units", units), ("labels", labels), ("terms", terms)):
-        if column is not None and len(column) != len(rows):
-            raise InvalidIndex(f"{len(rows)} vectors and {len(column)} {name}: one of each")
+    units = _column("units", units, len(rows))
+    labels = None if labels is None else _column("labels", labels, len(rows))
+    terms = None if terms is None else _column("terms", terms, len(rows))
     for row, unit in enumerate(units):
         if not isinstance(unit, str) or not unit:
             raise InvalidIndex(f"row {row} has no privacy unit: every row needs one, as text")
@@ -67,6 +69,17 @@ def checked(
         _label_numbers(owners, names, labels, public_labels),
         _term_pairs(owners, terms, public_terms),
     )
+
+
+def _column(name: str, column: Iterable[T], rows: int) -> tuple[T, ...]:
+    if isinstance(column, str | bytes | Set | Mapping) or not isinstance(column, Iterable):
+        raise InvalidIndex(
+            f"{name} must be a list in the order of the vectors, not a {type(column).__name__}"
+        )
+    listed = tuple(column)
+    if len(listed) != rows:
+        raise InvalidIndex(f"{rows} vectors and {len(listed)} {name}: one of each")
+    return listed
 
 
 def joined(one: Columns, other: Columns) -> Columns:
@@ -97,8 +110,10 @@ def without(columns: Columns, units: Iterable[str]) -> Columns:
     """Return the rows of all other units.
 
     Raises:
-        InvalidIndex: If none is left.
+        InvalidIndex: If none is left, or they are no list of names.
     """
+    if isinstance(units, str) or not isinstance(units, Iterable):
+        raise InvalidIndex(f"units must be a list of names, got {units!r}")
     gone = set(units)
     kept = np.array([name not in gone for name in columns.names], np.bool_)
     if not kept.any():
@@ -156,7 +171,7 @@ def _label_numbers(
     numbers = {label: number for number, label in enumerate(public)}
     found = np.full(0 if labels is None else len(names), -1, np.int64)
     for row, (owner, label) in enumerate(zip(owners, labels or (), strict=labels is not None)):
-        if label not in numbers:
+        if not isinstance(label, str) or label not in numbers:
             raise InvalidIndex(f"row {row} has the label {label!r}, not one of the public ones")
         if found[owner] not in (-1, numbers[label]):
             raise InvalidIndex(f"unit {names[owner]!r} has two labels; give each unit one")
@@ -168,9 +183,12 @@ def _term_pairs(
     owners: Positions, terms: Sequence[Iterable[str]] | None, public: tuple[str, ...]
 ) -> Integers:
     numbers = {term: number for number, term in enumerate(public)}
+    for row, words in enumerate(terms or ()):
+        if isinstance(words, str) or not isinstance(words, Iterable):
+            raise InvalidIndex(f"the terms of row {row} must be a list of words")
     pairs = [
         (owner, numbers[term])
         for owner, words in zip(owners, terms or (), strict=terms is not None)
-        for term in set(words) & numbers.keys()
+        for term in {word for word in words if isinstance(word, str)} & numbers.keys()
     ]
     return np.array(pairs, np.int64).reshape(-1, 2)

@@ -329,9 +329,9 @@ def _ranges(starts: Positions, ends: Positions) -> Positions:
 
 
 def _public(name: str, column: Sequence[object] | None, public: Sequence[str]) -> tuple[str, ...]:
-    if column is None and not len(public):
+    if column is None and public is not None and not len(public):
         return ()
-    if isinstance(public, str | set | frozenset) or public is column:
+    if not isinstance(public, Sequence | np.ndarray) or isinstance(public, str) or public is column:
         raise InvalidIndex(
             f"public_{name} must be a list that was written down without looking at the rows: which"
             f" {name} occur is private"
