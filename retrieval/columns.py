@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -72,7 +73,7 @@ def checked(
 
 
 def _column(name: str, column: Iterable[T], rows: int) -> tuple[T, ...]:
-    if isinstance(column, str | bytes | Set | Mapping) or not isinstance(column, Iterable):
+    if isinstance(column, str | bytes | AbstractSet | Mapping) or not isinstance(column, Iterable):
         raise InvalidIndex(
             f"{name} must be a list in the order of the vectors, not a {type(column).__name__}"
         )
@@ -135,15 +136,42 @@ def save(columns: Columns, folder: Path) -> None:
     (folder / "names.json").write_text(json.dumps(columns.names), encoding="utf-8")
 
 
-def load(folder: Path) -> Columns:
-    """Return the columns of :func:`save`; rows stay in their file, mapped into memory."""
+def load(folder: Path, *, labels: int, terms: int) -> Columns:
+    """Return the columns of :func:`save`; rows stay in their file, mapped into memory.
+
+    Args:
+        folder: Where they are.
+        labels: How many public labels there are.
+        terms: How many public terms there are.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is damaged, or of another index.
+    """
     arrays = [
         np.load(folder / f"{name}.npy", mmap_mode="r" if name == "rows" else None)
         for name in ("rows", "owners", "labels", "pairs")
     ]
     names = tuple(json.loads((folder / "names.json").read_text(encoding="utf-8")))
-    rows, owners, labels, pairs = arrays
-    return Columns(rows, owners, names, labels, pairs)
+    loaded = Columns(arrays[0], arrays[1], names, arrays[2], arrays[3])
+    if not _fit(loaded, labels, terms):
+        raise ValueError("its files do not belong together")
+    return loaded
+
+
+def _fit(own: Columns, labels: int, terms: int) -> bool:
+    units, pairs = len(own.names), own.pairs
+    return (
+        own.rows.ndim == 2
+        and own.rows.dtype == np.float32
+        and own.owners.shape == own.rows.shape[:1]
+        and np.array_equal(np.unique(own.owners), np.arange(units))
+        and bool((np.diff(own.owners) >= 0).all())
+        and own.labels.shape == ((units,) if labels else (0,))
+        and bool(((own.labels >= 0) & (own.labels < labels)).all())
+        and pairs.shape == (len(pairs), 2)
+        and bool(((pairs >= 0) & (pairs < (units, terms))).all())
+    )
 
 
 def _ordered(

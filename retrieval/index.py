@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -201,20 +201,18 @@ class PrivateIndex:
         """
         folder = Path(folder)
         try:
-            record = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            own = columns.load(folder)
-        except (OSError, ValueError) as error:
-            raise InvalidIndex(f"{folder} is not an index: {error}") from error
-        if record.pop("format", None) != _FORMAT:
-            raise InvalidIndex(f"{folder} is of another version of epsledger; build it again")
+            record = _record(folder)
+            labels, terms = tuple(record["public_labels"]), tuple(record["public_terms"])
+            hashing = Hashing(**record["hashing"]) if record["hashing"] else None
+            generation = _name(record["generation"])
+            own = columns.load(folder, labels=len(labels), terms=len(terms))
+        except (EOFError, LookupError, OSError, TypeError, ValueError) as error:
+            raise InvalidIndex(
+                f"{folder} is no index that can be read; build it again: {error!r}"
+            ) from error
         check_kernel(own.rows.shape[1])
-        hashing = Hashing(**record["hashing"]) if record["hashing"] else None
         return cls._made(
-            own,
-            public_labels=tuple(record["public_labels"]),
-            public_terms=tuple(record["public_terms"]),
-            hashing=hashing,
-            generation=record["generation"],
+            own, public_labels=labels, public_terms=terms, hashing=hashing, generation=generation
         )
 
     def _changed(self, own: Columns, generation: str) -> Self:
@@ -318,6 +316,13 @@ class PrivateIndex:
     def names_of(self, found: Retrieved) -> list[str]:
         """Return the names of the units."""
         return [self.names[unit] for unit in found.units]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if record["format"] != _FORMAT:
+        raise ValueError("another version of epsledger wrote it")
+    return record
 
 
 def _ranges(starts: Positions, ends: Positions) -> Positions:
