@@ -122,10 +122,10 @@ class PrivateIndex:
         hashing: Hashing | None = None,
         generation: str = "1",
     ) -> None:
-        self.public_labels = _public("labels", labels, public_labels)
-        self.public_terms = _public("terms", terms, public_terms)
+        self.public_labels = public_column("labels", labels, public_labels)
+        self.public_terms = public_column("terms", terms, public_terms)
         self._hashing = hashing
-        self.generation = _name(generation)
+        self.generation = checked_name(generation)
         self._columns = columns.checked(
             vectors,
             units=units,
@@ -216,7 +216,7 @@ class PrivateIndex:
         )
 
     def _changed(self, own: Columns, generation: str) -> Self:
-        if _name(generation) == self.generation:
+        if checked_name(generation) == self.generation:
             raise InvalidIndex(f"generation {generation!r} is this one; name a new one")
         return self._made(
             own,
@@ -333,7 +333,14 @@ def _ranges(starts: Positions, ends: Positions) -> Positions:
     return positions
 
 
-def _public(name: str, column: Sequence[object] | None, public: Sequence[str]) -> tuple[str, ...]:
+def public_column(
+    name: str, column: Sequence[object] | None, public: Sequence[str]
+) -> tuple[str, ...]:
+    """Return what a column may hold, as it was listed; nothing where there is no such column.
+
+    Raises:
+        InvalidIndex: If it is no public list.
+    """
     if column is None and public is not None and not len(public):
         return ()
     if not isinstance(public, Sequence | np.ndarray) or isinstance(public, str) or public is column:
@@ -349,7 +356,12 @@ def _public(name: str, column: Sequence[object] | None, public: Sequence[str]) -
     return listed
 
 
-def _name(generation: str) -> str:
+def checked_name(generation: str) -> str:
+    """Return the name of a version of a corpus.
+
+    Raises:
+        InvalidIndex: If it is none.
+    """
     if not isinstance(generation, str) or not generation:
         raise InvalidIndex(f"generation must be a name, got {generation!r}")
     return generation
