@@ -204,7 +204,7 @@ class PrivateIndex:
             record = _record(folder)
             labels, terms = tuple(record["public_labels"]), tuple(record["public_terms"])
             hashing = Hashing(**record["hashing"]) if record["hashing"] else None
-            generation = _name(record["generation"])
+            generation = checked_name(record["generation"])
             own = columns.load(folder, labels=len(labels), terms=len(terms))
         except (EOFError, LookupError, OSError, TypeError, ValueError) as error:
             raise InvalidIndex(

@@ -1,0 +1,223 @@
+"""Counting in PostgreSQL with the extension pgvector: exact, by parallel sequential scan."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrieval.columns import Floats
+from retrieval.errors import InvalidIndex
+from retrieval.grid import STEPS
+from retrieval.pushdown.tables import NO_LABEL, Batch, TableCorpus, prepared
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg import sql
+
+_BATCH = 10_000
+"""Names of units that are fetched at a time."""
+_ROUNDS = 1.5 * 2**23 / STEPS
+"""Added to a float32 number of at most 1 and taken away again, it rounds to the grid: between
+2**11 and 2**12 float32 numbers are one step apart."""
+_SETTINGS = """
+    SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+    SET LOCAL enable_indexscan = off;
+    SET LOCAL enable_indexonlyscan = off;
+    SET LOCAL enable_bitmapscan = off;
+    SET LOCAL jit = off;
+    SET LOCAL statement_timeout = 0;
+    SET LOCAL row_security = off
+"""
+"""The last makes a policy that hides rows an error. JIT compiles for longer than it saves."""
+_ROWS = "SELECT {unit} AS unit, {vector}::vector AS vector, {label}::text AS label FROM {table}"
+_DIMENSIONS = "SELECT vector_dims(vector) FROM ({rows}) AS r WHERE vector IS NOT NULL LIMIT 1"
+_CHECK = """
+    SELECT count(*), count(*) FILTER (WHERE low = high),
+        coalesce(sum(n), 0)::bigint, coalesce(sum(with_unit), 0)::bigint,
+        coalesce(sum(on_grid), 0)::bigint, coalesce(sum(with_label), 0)::bigint
+    FROM (
+        SELECT count(*) AS n,
+            count(*) FILTER (WHERE unit::text <> '') AS with_unit,
+            count(*) FILTER (
+                WHERE (vector + %(rounds)s::vector) - %(rounds)s::vector = vector
+                AND vector_norm(vector) <= 1
+            ) AS on_grid,
+            count(*) FILTER (WHERE label = ANY(%(labels)s)) AS with_label,
+            min(label COLLATE "C") AS low, max(label COLLATE "C") AS high
+        FROM ({rows}) AS r GROUP BY unit
+    ) AS units
+"""
+_COUNT = """
+    SELECT label, count(*) FROM (
+        SELECT min(label COLLATE "C") AS label FROM ({rows}) AS r
+        WHERE vector <#> %(query)s::vector <= -(%(threshold)s::float8)
+        GROUP BY unit
+    ) AS units GROUP BY label
+"""
+_UNITS = 'SELECT DISTINCT unit::text COLLATE "C" FROM ({rows}) AS r ORDER BY 1'
+
+
+class PgvectorCorpus(TableCorpus):
+    """A table of PostgreSQL whose rows are scored where they are; see :mod:`retrieval.pushdown`.
+
+    Opening it scans the table once. Every query is one read-only transaction that scans all of it.
+
+    Args:
+        connection: A psycopg connection that nothing else uses.
+        table: Name of the table or view.
+        vector: Its column of vectors, on the grid: see :func:`write`.
+        unit: Its column of privacy units.
+        label: Its column of labels, of which a unit has one.
+        public_labels: All labels there can be, fixed without looking at the corpus.
+        schema: Where the table is, if not on the search path.
+        generation: Public name of this version of the rows.
+
+    Raises:
+        InvalidIndex: If the connection is in a transaction, the table or a column cannot be read,
+            a policy hides rows, or a row is not as it must be.
+
+    >>> connection = psycopg.connect(url)                                 # doctest: +SKIP
+    >>> corpus = PgvectorCorpus(connection, "notes", vector="embedding", unit="patient",
+    ...                         generation="2025-06")                     # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        table: str,
+        *,
+        vector: str,
+        unit: str,
+        label: str | None = None,
+        public_labels: Sequence[str] = (),
+        schema: str | None = None,
+        generation: str,
+    ) -> None:
+        import psycopg
+        from psycopg import sql
+
+        super().__init__(table, label=label, public_labels=public_labels, generation=generation)
+        self._connection, self._lock = connection, threading.RLock()
+        rows = sql.SQL(_ROWS).format(
+            unit=_with_values(unit),
+            vector=_with_values(vector),
+            label=sql.Literal(NO_LABEL) if label is None else _with_values(label),
+            table=_with_values(schema, table),
+        )
+        dimensions, check, self._count, self._units = (
+            sql.SQL(text).format(rows=rows) for text in (_DIMENSIONS, _CHECK, _COUNT, _UNITS)
+        )
+        try:
+            self._dimensions = next(chain(*self._fetched(dimensions)), 0)
+            rounds = _text(np.full(self._dimensions or 1, _ROUNDS))
+            ((found),) = self._fetched(check, rounds=rounds, labels=self._labels)
+        except (psycopg.ProgrammingError, psycopg.DataError) as error:
+            raise InvalidIndex(f"the table {table!r} cannot be read: {error}") from error
+        self._check(*found)
+
+    @property
+    def dimensions(self) -> int:
+        """Of a vector."""
+        return self._dimensions
+
+    def units(self) -> Generator[str, None, None]:
+        """Yield the names of the units once each, in order of their code points. NOT private."""
+        with self._reading(), self._connection.cursor("epsledger_units") as stream:
+            stream.execute(self._units, {})
+            while names := stream.fetchmany(_BATCH):
+                yield from chain(*names)
+
+    def _counted(self, query: Floats, threshold: float) -> list[tuple[Any, ...]]:
+        return self._fetched(self._count, query=_text(query), threshold=threshold)
+
+    def _fetched(self, statement: sql.Composed, **values: object) -> list[tuple[Any, ...]]:
+        from psycopg.rows import tuple_row
+
+        with self._reading(), self._connection.cursor(row_factory=tuple_row) as cursor:
+            return cursor.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        from psycopg.pq import TransactionStatus
+
+        with self._lock:
+            status = self._connection.info.transaction_status
+            if status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}:
+                raise InvalidIndex("the connection is in a transaction; give one of its own")
+            with self._connection.transaction():
+                self._connection.execute(_SETTINGS)
+                yield
+
+
+def write(
+    connection: psycopg.Connection[Any],
+    table: str,
+    batches: Iterable[Batch],
+    *,
+    vector: str,
+    unit: str,
+    label: str | None = None,
+    schema: str | None = None,
+) -> None:
+    """Write rows to a new table, their vectors rounded to the grid. All or none.
+
+    Args:
+        connection: A psycopg connection to a database with the extension.
+        table: Name of the table.
+        batches: Of rows: vectors of shape (rows, dimensions) and L2 norm 1, and the unit and the
+            label of each.
+        vector: Name of the column of vectors.
+        unit: Name of the column of units.
+        label: Name of the column of labels; None if rows have none.
+        schema: Where the table will be, if not first on the search path.
+
+    Raises:
+        InvalidIndex: If a row is not as it must be, or the table is there already.
+
+    >>> write(connection, "notes", batches, vector="embedding", unit="patient")  # doctest: +SKIP
+    """
+    import psycopg
+    from psycopg import sql
+
+    source = prepared(batches, label)
+    first = next(source)
+    dimensions = first[0].shape[1]
+    header = np.array([dimensions, 0], ">i2").tobytes()  # pgvector's binary format
+    texts = [sql.Identifier(column) for column in (unit, label) if column is not None]
+    create = sql.SQL("CREATE TABLE {} ({} vector({}) NOT NULL, {})").format(
+        _named(schema, table),
+        sql.Identifier(vector),
+        sql.Literal(dimensions),
+        sql.SQL(", ").join(sql.SQL("{} text NOT NULL").format(column) for column in texts),
+    )
+    copy = sql.SQL("COPY {} FROM STDIN (FORMAT BINARY)").format(_named(schema, table))
+    try:
+        with connection.transaction(), connection.cursor() as cursor:
+            cursor.execute(create)
+            with cursor.copy(copy) as stream:
+                for rows, columns in chain([first], source):
+                    for row, *values in zip(rows.astype(">f4"), *columns, strict=True):
+                        stream.write_row((header + row.tobytes(), *values))
+    except (psycopg.ProgrammingError, psycopg.DataError) as error:
+        raise InvalidIndex(f"the table {table!r} cannot be written: {error}") from error
+
+
+def _named(*names: str | None) -> sql.Identifier:
+    from psycopg import sql
+
+    return sql.Identifier(*filter(None, names))
+
+
+def _with_values(*names: str | None) -> sql.Identifier:
+    """Return a name for a statement that is given values, in which psycopg reads %% as %."""
+    return _named(*(name and name.replace("%", "%%") for name in names))
+
+
+def _text(vector: Floats) -> str:
+    """Return the vector as pgvector reads it; numbers of the grid are exact in decimal."""
+    return str(vector.tolist())
