@@ -185,7 +185,7 @@ def wrong_by_hnsw(
     return wrong, small
 
 
-def main(rows: int = 1_000_000, single: int = 20) -> None:
+def main(rows: int = 1_000_000, single: int = 12) -> None:
     queries = on_grid(chosen(QUERIES, np.random.default_rng(2)))
     with (
         tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-") as name,
@@ -211,7 +211,7 @@ def main(rows: int = 1_000_000, single: int = 20) -> None:
         )
         seconds, counts = one_by_one(corpora, queries, single)
         exact = counts["local"]
-        found = {THRESHOLDS[at]: sum(exact[at]) for at in range(5)}
+        found = {round(THRESHOLDS[at], 2): sum(exact[at]) for at in range(5)}
         print(f"units found by the first queries, by threshold: {found}")
         print(f"{'one by one':<12}{'queries':>8} {'equal':>8} {'p50 ms':>8} {'p99 ms':>8}")
         for kind, times in seconds.items():
