@@ -85,7 +85,7 @@ def largest_clip(epsilon: float) -> Sampler:
     low, high = 0.01, 100.0
     while high / low > 1.01:
         clip = (low * high) ** 0.5
-        event = Sampler(clip, MOST, TEMPERATURE).event(swapped=True)
+        event = Sampler(clip, MOST, TEMPERATURE).event
         tried = budget(epsilon, event)
         fits = tried.uses_that_fit((0,) * len(tried.limits), tried.price(event)) >= TOKENS
         low, high = (clip, high) if fits else (low, clip)
@@ -149,7 +149,7 @@ def texts(
             tempfile.TemporaryDirectory() as name,
             Accountant.open(f"{name}/ledger.db") as accountant,
         ):
-            event = sampler.event(swapped=True)
+            event = sampler.event
             accountant.create_budget("news", budget(epsilon, event), unit="article", units=UNITS)
             guard = RetrievalGuard(accountant, "news", index, unit="article")
             text = timed(

@@ -1,12 +1,14 @@
 """Guarded retrieval: answer questions about a private corpus, each charged before it is read."""
 
-from retrieval.answers import Centroid, Count, Generation, Presence, Selection, Vote
+from retrieval.answers import Answer, Centroid, Count, Generation, Presence, Selection, Vote
 from retrieval.ensembles import LanguageModel, Sampler
 from retrieval.errors import (
     InvalidIndex,
     InvalidQuery,
     NoCorpusGuarantee,
+    ReleaseFailed,
     RetrievalError,
+    SessionEnded,
     UnsupportedStore,
 )
 from retrieval.guard import RetrievalGuard
@@ -19,6 +21,7 @@ from retrieval.sessions import AboveThreshold
 
 __all__ = [
     "AboveThreshold",
+    "Answer",
     "Centroid",
     "Corpus",
     "Count",
@@ -33,10 +36,12 @@ __all__ = [
     "Presence",
     "PrivateIndex",
     "QueryPlan",
+    "ReleaseFailed",
     "RetrievalError",
     "RetrievalGuard",
     "Sampler",
     "Selection",
+    "SessionEnded",
     "UnsupportedStore",
     "Vote",
     "margin",

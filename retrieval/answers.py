@@ -118,7 +118,7 @@ class Centroid(Answer):
 
     vector: tuple[float, ...]
 
-    def nearest(self, public_vectors: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    def nearest(self, public_vectors: NDArray[np.float32], *, k: int = 1) -> NDArray[np.intp]:
         """Return the k PUBLIC vectors with the largest inner products, best first.
 
         Args:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from retrieval.errors import InvalidIndex
-from retrieval.grid import checked_rows
+from retrieval.grid import checked_rows, is_on_grid
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Positions = NDArray[np.intp]
+_BLOCK = 10_000
+"""Rows that are checked at once."""
 T = TypeVar("T")
 
 
@@ -60,7 +62,13 @@ def checked(
     terms = None if terms is None else _column("terms", terms, len(rows))
     for row, unit in enumerate(units):
         if not isinstance(unit, str) or not unit:
-            raise InvalidIndex(f"row {row} has no privacy unit: every row needs one, as text")
+            raise InvalidIndex(
+                f"row {row} has no privacy unit: every row needs one, as text, not {unit!r}"
+            )
+        try:
+            unit.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidIndex(f"row {row}: UTF-8 cannot hold the unit {unit!r}") from error
     names = tuple(sorted(set(units)))
     owners = _places(units, names)
     return _ordered(
@@ -96,7 +104,9 @@ def joined(one: Columns, other: Columns) -> Columns:
         labels[theirs] = other.labels
         two = np.flatnonzero((labels[mine] != one.labels) & (labels[mine] >= 0))
         if len(two):
-            raise InvalidIndex(f"unit {one.names[two[0]]!r} has two labels; give each unit one")
+            raise InvalidIndex(
+                f"unit {one.names[two[0]]!r} has two labels; give each unit one, or use terms"
+            )
         labels[mine] = one.labels
     return _ordered(
         np.concatenate([one.rows, other.rows]),
@@ -156,6 +166,8 @@ def load(folder: Path, *, labels: int, terms: int) -> Columns:
     loaded = Columns(arrays[0], arrays[1], names, arrays[2], arrays[3])
     if not _fit(loaded, labels, terms):
         raise ValueError("its files do not belong together")
+    if not all(map(is_on_grid, np.array_split(loaded.rows, len(loaded.rows) // _BLOCK + 1))):
+        raise ValueError("its vectors are damaged: they are not on the grid")
     return loaded
 
 
@@ -164,6 +176,8 @@ def _fit(own: Columns, labels: int, terms: int) -> bool:
     return (
         own.rows.ndim == 2
         and own.rows.dtype == np.float32
+        and len(set(names := own.names)) == units
+        and list(names) == sorted(names)
         and own.owners.shape == own.rows.shape[:1]
         and np.array_equal(np.unique(own.owners), np.arange(units))
         and bool((np.diff(own.owners) >= 0).all())
@@ -202,7 +216,9 @@ def _label_numbers(
         if not isinstance(label, str) or label not in numbers:
             raise InvalidIndex(f"row {row} has the label {label!r}, not one of the public ones")
         if found[owner] not in (-1, numbers[label]):
-            raise InvalidIndex(f"unit {names[owner]!r} has two labels; give each unit one")
+            raise InvalidIndex(
+                f"unit {names[owner]!r} has two labels; give each unit one, or use terms"
+            )
         found[owner] = numbers[label]
     return found
 

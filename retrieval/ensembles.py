@@ -64,8 +64,8 @@ class Sampler:
         top_k: Only tokens whose PUBLIC logit is within 2 * clip / divisor of the k-th largest are
             drawn; all if None.
 
-    >>> Sampler(clip=2.0, divisor=32).event(swapped=False)
-    ExponentialMechanism(epsilon=0.125)
+    >>> Sampler(clip=2.0, divisor=32).event
+    ExponentialMechanism(epsilon=0.25)
     """
 
     clip: float
@@ -79,14 +79,10 @@ class Sampler:
         if self.top_k is not None:
             validate.count(top_k=self.top_k)
 
-    def event(self, *, swapped: bool) -> ExponentialMechanism:
-        """Return what one token costs.
-
-        Args:
-            swapped: Whether one unit's leaving brings in another, which moves logits twice as far.
-        """
-        moved = 2 * self.clip / self.divisor / self.temperature
-        return ExponentialMechanism(moved * (2 if swapped else 1))
+    @property
+    def event(self) -> ExponentialMechanism:
+        """What one token costs: a unit that leaves takes its part back, and another brings one."""
+        return ExponentialMechanism(4 * self.clip / self.divisor / self.temperature)
 
     def draw(self, public: Logits, private: Iterable[NDArray[np.float32]]) -> int:
         """Return the next token.
@@ -143,7 +139,7 @@ def checked_logits(public: Logits) -> NDArray[np.float64]:
     array([ 0.5, -inf])
     """
     try:
-        base = np.asarray(public, np.float64)
+        base = np.array(public, np.float64)  # a copy: a model may use its buffer again
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidQuery(f"the public logits are not an array of numbers: {error}") from error
     if base.ndim != 1 or np.isnan(base).any() or not np.isfinite(base.max(initial=-math.inf)):
@@ -154,14 +150,15 @@ def checked_logits(public: Logits) -> NDArray[np.float64]:
 def or_none(function: Callable[[T], U]) -> Callable[[T], U | None]:
     """Return the function, with None for what it raises: whether it fails on a unit is private.
 
-    The owner finds the error in the log.
+    The owner finds the kind of error in the log, and at level debug all of it.
     """
 
     def guarded(unit: T) -> U | None:
         try:
             return function(unit)
-        except Exception:  # noqa: BLE001 - whatever it is, it is private
-            _LOG.warning("a unit's answer failed and does not count", exc_info=True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is private
+            _LOG.warning("a unit's answer failed (%s), and does not count", type(error).__name__)
+            _LOG.debug("it was", exc_info=True)
             return None
 
     return guarded

@@ -6,6 +6,8 @@
     ├── InvalidIndex        vectors, units or labels that no guarantee can be given for
     ├── InvalidQuery        a query that cannot be answered as asked; nothing was charged
     ├── NoCorpusGuarantee   a read of private rows as they are, without a stated reason
+    ├── ReleaseFailed       the corpus could not be read; it was paid for, nothing is released
+    ├── SessionEnded        a session has given all the answers that were paid for
     └── UnsupportedStore    a vector store whose rows cannot be read as they were stored
 """
 
@@ -28,6 +30,14 @@ class InvalidQuery(RetrievalError, ValueError):
 
 class NoCorpusGuarantee(RetrievalError):
     """Rows as they are have no guarantee at any noise level. Nothing was read."""
+
+
+class ReleaseFailed(RetrievalError):
+    """Something failed between payment and release. What it was may be private: see the log."""
+
+
+class SessionEnded(RetrievalError):
+    """No answer of yes is left of a session. Public: it depends on released answers alone."""
 
 
 class UnsupportedStore(RetrievalError, ValueError):

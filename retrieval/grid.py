@@ -40,15 +40,50 @@ def on_grid(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     >>> bool((on_grid(np.float32([[0.6, 0.8]])) * STEPS % 1 == 0).all())
     True
     """
-    result = np.empty_like(vectors, dtype=np.float32, order="C")
+    result = np.empty(vectors.shape, np.float32)
     block = max(1, _BLOCK // vectors.shape[1])
     for start in range(0, len(vectors), block):
         rows = vectors[start : start + block].astype(np.float64)
-        rows *= STEPS * _SHRINK / np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+        rows *= STEPS * _SHRINK / norms(rows)[:, None]
         steps = np.rint(rows)
-        long = np.einsum("ij,ij->i", steps, steps) > STEPS**2  # integers: exact
-        steps[long] = np.trunc(rows[long])
+        while (long := np.einsum("ij,ij->i", steps, steps) > STEPS**2).any():  # integers: exact
+            rows[long] *= _SHRINK
+            steps[long] = np.trunc(rows[long])
         result[start : start + block] = steps / STEPS
+    return result
+
+
+def is_on_grid(rows: NDArray[np.float32]) -> bool:
+    """Say whether all vectors are on the grid, with norms at most 1: shape (rows, dimensions).
+
+    >>> is_on_grid(on_grid(np.float32([[0.6, 0.8]]))), is_on_grid(np.float32([[0.6, 0.8]]))
+    (True, False)
+    """
+    steps = rows.astype(np.float64) * STEPS
+    return bool(
+        (steps == np.rint(steps)).all() and (np.einsum("ij,ij->i", steps, steps) <= STEPS**2).all()
+    )
+
+
+def norms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return L2 norms that depend on each row alone, to 1e-3 or better.
+
+    The last bits of a sum of floating-point numbers depend on how many rows there are and on how
+    they lie in memory. Here squares of integers are added up, exactly: coordinates are rounded to
+    multiples of a power of 2 that is small beside the row's largest.
+
+    Args:
+        rows: Array of shape (rows, dimensions), finite.
+
+    >>> norms(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [5.0, 0.0]
+    """
+    bits = (52 - rows.shape[1].bit_length()) // 2
+    _, exponents = np.frexp(np.abs(rows).max(axis=1))
+    steps = np.rint(np.ldexp(rows, (bits - exponents)[:, None]))
+    result: NDArray[np.float64] = np.ldexp(
+        np.sqrt(np.einsum("ij,ij->i", steps, steps)), exponents - bits
+    )
     return result
 
 
@@ -65,12 +100,12 @@ def checked_rows(vectors: ArrayLike) -> NDArray[np.float32]:
     if rows.ndim != 2 or not rows.size:
         raise InvalidIndex(f"vectors must have shape (rows, dimensions), got {rows.shape}")
     check_kernel(rows.shape[1])
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    wrong = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= NORM_TOLERANCE))
     if len(wrong):
         raise InvalidIndex(
             f"{len(wrong)} vectors do not have L2 norm 1, the first is row {wrong[0]}"
-            f" with {norms[wrong[0]]:g}; normalise them"
+            f" with {lengths[wrong[0]]:g}; normalize them, as retrieval.stores.normalized does"
         )
     return on_grid(rows)
 
@@ -90,7 +125,7 @@ def checked_query(
         )
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if not abs(norm - 1) <= NORM_TOLERANCE:
-        raise InvalidQuery(f"{name} has L2 norm {norm:g}, not 1; normalise it")
+        raise InvalidQuery(f"{name} has L2 norm {norm:g}, not 1; normalize it")
     grid: NDArray[np.float32] = on_grid(vector[None])[0]
     return grid
 

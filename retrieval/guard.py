@@ -24,7 +24,16 @@ from retrieval.grid import STEPS, checked_query, checked_threshold
 from retrieval.index import PrivateIndex
 from retrieval.payments import Question
 from retrieval.questions import PaidQuestions
-from retrieval.releases import additive, bar_of, noisy, public_list, selected, selection
+from retrieval.releases import (
+    additive,
+    bar_of,
+    check_callable,
+    noisy,
+    public_list,
+    public_prompt,
+    selected,
+    selection,
+)
 from retrieval.sessions import AboveThreshold
 
 
@@ -179,14 +188,12 @@ class RetrievalGuard(PaidQuestions):
                     f"noise must be from {sampling.SMALLEST:g} to {sampling.LARGEST:g} units"
                 )
         question = Question(event, "retrieval/above_threshold", f"{threshold=:g}, {bar=}", b"")
-        return AboveThreshold(
-            self._charges.pay(question).seq,
-            event,
-            bar,
-            lambda query: self._index.count(
-                checked_query(query, self._index.dimensions), threshold
-            ),
-        )
+
+        def count(query: ArrayLike) -> int:
+            vector = checked_query(query, self._index.dimensions)
+            return self._looked(question, lambda: self._index.count(vector, threshold))
+
+        return AboveThreshold(self._charges.pay(question).seq, event, bar, count)
 
     # --- selections -------------------------------------------------------------------------------
 
@@ -328,9 +335,12 @@ class RetrievalGuard(PaidQuestions):
         vector, threshold = self._checked(query, threshold)
         index, event = self._own_index("answer_vote"), additive(noise_multiplier)
         listed, most = public_list("answers", answers), validate.count(most=most)
+        check_callable(answer)
         question = self._question(event, "answer_vote", vector, None, threshold=threshold)
         paid = self._payments.pay(question)
-        best = index.top(self._retrieved(vector, threshold, question), most)
+        best = self._looked(
+            question, lambda: index.top(self._retrieved(vector, threshold, question), most)
+        )
         votes = ballots(listed, answer, index.names_of(best))
         noise = event.noise_multiplier * math.sqrt(2) * (1 + 1e-15)
         counts = noisy(votes, noise)
@@ -370,15 +380,19 @@ class RetrievalGuard(PaidQuestions):
             AccountantError: As for ``Accountant.reserve``.
         """
         vector, threshold = self._checked(query, threshold)
-        index, event = self._own_index("generate"), sampler.event(swapped=True)
+        index, event = self._own_index("generate"), sampler.event
+        check_callable(model.begin, prompt)
         uses, most = validate.count(tokens=tokens), validate.count(most=most)
-        public = begun(model, prompt(None))
+        public = begun(model, public_prompt(prompt(None)))
         question = self._question(event, "generate", vector, None, threshold=threshold)
         whole = replace(question, event=Repeated(event, uses))
 
         def prompts() -> list[str]:
-            best = index.top(self._retrieved(vector, threshold, whole), most)
-            return [text for text in map(or_none(prompt), index.names_of(best)) if text]
+            best = self._looked(
+                whole, lambda: index.top(self._retrieved(vector, threshold, whole), most)
+            )
+            given = map(or_none(prompt), index.names_of(best))
+            return [text for text in given if isinstance(text, str) and text]
 
         with self._payments.many(question, uses) as (seq, mark):
             drawn, ended = generated(model, sampler, public, prompts, mark, uses)
@@ -387,7 +401,7 @@ class RetrievalGuard(PaidQuestions):
     # --- what has no guarantee --------------------------------------------------------------------
 
     def raw(self, query: ArrayLike, *, k: int, reason: str | None = None) -> list[str]:
-        """Return the ``k`` units that score best, as they are: NO guarantee for any of them.
+        """Return the names of the ``k`` units that score best: NO guarantee for any of them.
 
         For somebody who may read the documents. The ledger records the read and its reason as
         unprotected, for ever, and the report shows it. Noise on the query would not help:
@@ -403,7 +417,7 @@ class RetrievalGuard(PaidQuestions):
             InvalidQuery: If the query is malformed; nothing was read.
             AccountantError: If it could not be recorded; nothing was read.
         """
-        if not reason:
+        if not reason or not reason.strip():
             raise NoCorpusGuarantee(
                 "units as they are have no guarantee at any noise level: ask for a vote, a count"
                 " or a selection, or give a reason, which is recorded as an unprotected read"

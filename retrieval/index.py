@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from retrieval.grid import STEPS, check_kernel
 from retrieval.hashing import Hashing, HashTables
 
 _FORMAT = 1
+_TIES = secrets.token_bytes(16)
 _BLOCK = 4096
 """Rows that are added up at once."""
 
@@ -99,6 +101,7 @@ class PrivateIndex:
     Attributes:
         public_labels: As given.
         public_terms: As given.
+        hashing: As given.
         generation: As given.
 
     Raises:
@@ -124,7 +127,7 @@ class PrivateIndex:
     ) -> None:
         self.public_labels = public_column("labels", labels, public_labels)
         self.public_terms = public_column("terms", terms, public_terms)
-        self._hashing = hashing
+        self.hashing = hashing
         self.generation = checked_name(generation)
         self._columns = columns.checked(
             vectors,
@@ -158,6 +161,8 @@ class PrivateIndex:
         ours = (self.dimensions, self.public_labels, self.public_terms)
         if ours != (other.dimensions, other.public_labels, other.public_terms):
             raise InvalidIndex("the indexes differ in dimensions, public labels or public terms")
+        if generation == other.generation:
+            raise InvalidIndex(f"generation {generation!r} is the other index's; name a new one")
         return self._changed(columns.joined(self._columns, other._columns), generation)
 
     def without(self, units: Iterable[str], *, generation: str) -> Self:
@@ -177,16 +182,20 @@ class PrivateIndex:
             InvalidIndex: If the folder is there.
         """
         folder = Path(folder)
-        if folder.exists():
-            raise InvalidIndex(f"{folder} is there already; name a new folder")
         new = folder.with_name(folder.name + ".new")
-        new.mkdir(mode=0o700)
+        for name in (folder, new):
+            if name.exists():
+                raise InvalidIndex(f"{name} is there already; remove it, or name a new folder")
+        try:
+            new.mkdir(mode=0o700)
+        except OSError as error:
+            raise InvalidIndex(f"{folder} cannot be written: {error}") from error
         columns.save(self._columns, new)
         record = {
             "format": _FORMAT,
             "public_labels": self.public_labels,
             "public_terms": self.public_terms,
-            "hashing": asdict(self._hashing) if self._hashing else None,
+            "hashing": asdict(self.hashing) if self.hashing else None,
             "generation": self.generation,
         }
         (new / "index.json").write_text(json.dumps(record), encoding="utf-8")
@@ -222,7 +231,7 @@ class PrivateIndex:
             own,
             public_labels=self.public_labels,
             public_terms=self.public_terms,
-            hashing=self._hashing,
+            hashing=self.hashing,
             generation=generation,
         )
 
@@ -230,7 +239,7 @@ class PrivateIndex:
     def _made(cls, own: Columns, *, hashing: Hashing | None, **public: object) -> Self:
         index = cls.__new__(cls)
         tables = HashTables(hashing, own.rows) if hashing else None
-        index.__dict__ |= public | {"_columns": own, "_hashing": hashing, "_tables": tables}
+        index.__dict__ |= public | {"_columns": own, "hashing": hashing, "_tables": tables}
         return index
 
     # --- what a guard computes with: NOT private --------------------------------------------------
@@ -262,14 +271,14 @@ class PrivateIndex:
         return Retrieved(owners, hits, scores)
 
     def top(self, found: Retrieved, most: int) -> Retrieved:
-        """Return at most so many, best first. Equal scores are ordered by a hash of the unit.
+        """Return at most so many, best first. Equal scores are ordered by a keyed hash of the unit.
 
         Removing a unit that is among them brings in one other: two of them change, not one.
         """
         if len(found.units) > most:
             least = np.partition(found.scores, -most)[-most]
             found = found.cut(found.scores >= least)
-        digests = [hashlib.sha256(name.encode()).digest() for name in self.names_of(found)]
+        digests = [_place_among_equals(name) for name in self.names_of(found)]
         order = sorted(range(len(digests)), key=lambda at: (-found.scores[at], digests[at]))
         return found.cut(np.array(order[:most], np.intp))
 
@@ -323,6 +332,11 @@ def _record(folder: Path) -> dict[str, Any]:
     if record["format"] != _FORMAT:
         raise ValueError("another version of epsledger wrote it")
     return record
+
+
+def _place_among_equals(name: str) -> bytes:
+    """Return the unit's place among others: a function of its name and this process's secret."""
+    return hashlib.blake2b(name.encode(), key=_TIES, digest_size=16).digest()
 
 
 def _ranges(starts: Positions, ends: Positions) -> Positions:

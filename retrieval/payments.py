@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from accountant import Accountant, InvalidRequest, KeyReused, Lease, ReleaseUnknown
+from accountant import (
+    Accountant,
+    InvalidRequest,
+    KeyReused,
+    Lease,
+    ReleaseUnknown,
+    ReservationError,
+)
 from accountant.accountant import Budgets
 from accountant.errors import QueriesExhausted
 from accountant.stores.lane_state import LARGEST
@@ -72,9 +80,6 @@ class Payments(Protocol):
     def admitted(self, units: Positions, question: Question) -> NDArray[np.bool_] | None:
         """Return which of the units take part, None for all; durable before it returns."""
 
-    def close(self) -> None:
-        """Return what was not used."""
-
 
 class Charges:
     """Each answer is charged by itself, about half a millisecond each."""
@@ -116,32 +121,48 @@ class Charges:
     def admitted(self, units: Positions, question: Question) -> None:
         """All of them."""
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 class Leases:
     """Answers are paid for from blocks of uses, about a microsecond each; a crash loses a block."""
 
     def __init__(self, charges: Charges) -> None:
-        self._charges = charges
+        self._charges, self._open = charges, ExitStack()
         self._leases: dict[tuple[Event, str], Lease] = {}
         self._lock = threading.Lock()
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Return the uses that were never marked; after an error they stay spent."""
+        with self._lock:
+            self._ended = True
+        self._open.__exit__(kind, error, traceback)
 
     def pay(self, question: Question) -> Paid:
         """Mark one use."""
         if question.key is not None:
             raise InvalidQuery("a lease takes no keys: ask the guard that it was made from")
+        kind = (question.event, question.activity)
         with self._lock:
-            lease = self._leases.get((question.event, question.activity))
-            if lease is None:
-                lease = self._charges.accountant.lease(
-                    self._charges.budget,
-                    question.event,
-                    unit=self._charges.unit,
-                    activity=question.activity,
+            if self._ended:
+                raise ReservationError("these leases have ended; ask the guard for new ones")
+            if kind not in self._leases:
+                self._leases[kind] = self._open.enter_context(
+                    self._charges.accountant.lease(
+                        self._charges.budget,
+                        question.event,
+                        unit=self._charges.unit,
+                        activity=question.activity,
+                    )
                 )
-                self._leases[question.event, question.activity] = lease
+            lease = self._leases[kind]
         return Paid(lease.mark())
 
     def many(self, question: Question, uses: int) -> AbstractContextManager[Marks]:
@@ -153,11 +174,6 @@ class Leases:
 
     def admitted(self, units: Positions, question: Question) -> None:
         """All of them."""
-
-    def close(self) -> None:
-        """Return the uses that were never marked."""
-        for lease in self._leases.values():
-            lease.close()
 
 
 class UnitsPay:
@@ -228,7 +244,8 @@ def units_that_pay(
         try:
             paid = charges.pay(question)
         except ReleaseUnknown:  # charged before a crash; what units spent since is in the file
-            paid = Paid(0)
+            charges.keep(question, b"open")
+            paid = charges.pay(question)
         if paid.answer is None:
             charges.keep(question, b"open")
         return UnitsPay(lanes, paid.seq, names)

@@ -35,7 +35,7 @@ class QueryPlan:
         fit: How many would fit now.
         share: Used share of the limits after them, or None if they do not fit.
         confidence: With which the figures below hold.
-        margin: Lead over one rival from which the winner is right.
+        margin: Lead over its rivals from which the winner is right.
         count_error: A count is off by at most so many units.
         bar: From which number of units :meth:`RetrievalGuard.anything` says yes where there is
             nothing in at most one of a thousand answers; it is found where there is twice as much.
@@ -70,6 +70,7 @@ def plan_queries(
     *,
     noise_multiplier: float | None = None,
     confidence: float = 0.95,
+    rivals: int = 1,
 ) -> QueryPlan:
     """Say what so many votes or counts would come to; spends nothing.
 
@@ -79,6 +80,7 @@ def plan_queries(
         queries: How many.
         noise_multiplier: Standard deviation of the noise; if None, the least with which they fit.
         confidence: Of the margin and the count's error.
+        rivals: So many labels may have as many votes as the second.
 
     Raises:
         NothingFits: If no noise is enough.
@@ -100,7 +102,7 @@ def plan_queries(
         fit,
         None if None in shares else max(share for share in shares if share is not None),
         confidence,
-        margin(sigma, confidence=confidence),
+        margin(sigma, confidence=confidence, rivals=rivals),
         -_quantile((1 - confidence) / 2) * sigma,
         math.ceil(-_quantile(1e-3) * sigma),
     )

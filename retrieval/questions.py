@@ -9,18 +9,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from accountant import Accountant
+from accountant import Accountant, AccountantError
 from accountant.accountant import Budgets
-from dp import Event, NeighboringRelation
+from dp import DPError, Event, NeighboringRelation
 from retrieval.answers import Answer
-from retrieval.errors import InvalidQuery, RetrievalError
+from retrieval.errors import InvalidQuery, ReleaseFailed, RetrievalError
 from retrieval.grid import checked_query, checked_threshold
 from retrieval.index import Corpus, PrivateIndex, Retrieved
 from retrieval.payments import Charges, Leases, Payments, Question, units_that_pay
@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _REMEMBERED = 1024
 """Most released answers that a guard keeps in memory, for equal questions."""
 A = TypeVar("A", bound=Answer)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,8 @@ class PaidQuestions:
         self._charges = Charges(accountant, budget, unit)
         self._payments: Payments = self._charges
         self._index = index
-        self._released: OrderedDict[tuple[Event, bytes], Answer] = OrderedDict()
+        self._public = json.dumps([index.generation, index.dimensions, *_public(index)])
+        self._released: OrderedDict[tuple[Event, bytes], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def plan(
@@ -76,6 +78,7 @@ class PaidQuestions:
             queries,
             noise_multiplier=noise_multiplier,
             confidence=confidence,
+            rivals=max(1, len(self._index.public_labels) - 1),
         )
 
     def guarantee(self) -> Guarantee:
@@ -102,12 +105,11 @@ class PaidQuestions:
     def leased(self) -> Iterator[Self]:
         """Answer at a high rate: pay from blocks of uses that are marked in memory.
 
-        What was not used is returned at the end; a crash forfeits at most a block of each kind.
-        Takes no keys.
+        What was not used is returned at the end. A crash, or an error that leaves the block,
+        forfeits at most a block of each kind. Takes no keys.
         """
-        payments = Leases(self._charges)
-        yield self._paying(payments)
-        payments.close()
+        with Leases(self._charges) as payments:
+            yield self._paying(payments, self._released)
 
     @contextmanager
     def per_unit(self, path: str | Path, *, name: str, mu: float, queries: int) -> Iterator[Self]:
@@ -126,7 +128,8 @@ class PaidQuestions:
             path: Of the file that holds what units have spent. It is as private as the corpus:
                 keep it with it, and never put an older copy in its place.
             name: Of the filter; the same name, mu and cap go on with it.
-            mu: Gaussian-DP parameter that every unit is held to.
+            mu: Gaussian-DP parameter that every unit is held to: room for (mu * noise)**2 votes or
+                counts of a noise.
             queries: The most there may ever be; public. Put it where answers would still be good.
 
         Raises:
@@ -139,11 +142,13 @@ class PaidQuestions:
             self._charges, Path(path), names, name=name, mu=mu, queries=queries
         )
         with closing(payments):
-            yield self._paying(payments)
+            yield self._paying(payments, OrderedDict())  # what it answers is not what others do
 
-    def _paying(self, payments: Payments) -> Self:
+    def _paying(
+        self, payments: Payments, released: OrderedDict[tuple[Event, bytes], bytes]
+    ) -> Self:
         guard = type(self).__new__(type(self))
-        guard.__dict__ |= self.__dict__ | {"_payments": payments}
+        guard.__dict__ |= self.__dict__ | {"_payments": payments, "_released": released}
         return guard
 
     def __reduce__(self) -> NoReturn:
@@ -167,7 +172,7 @@ class PaidQuestions:
         key: str | None,
         **public: object,
     ) -> Question:
-        parameters = json.dumps([release, self._index.generation, public], sort_keys=True)
+        parameters = json.dumps([release, self._public, public], sort_keys=True)
         note = ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in public.items()
@@ -183,19 +188,34 @@ class PaidQuestions:
                 known = self._released.get(asked)
                 if known is not None:
                     self._released.move_to_end(asked)
-            if isinstance(known, kind):
+            if known is not None:
                 _LOG.debug("%s: replayed", question.activity)
-                return replace(known, replayed=True)
+                return kind.from_json(known)
         paid = self._payments.pay(question)
         if paid.answer is not None:
             return kind.from_json(paid.answer)
-        answer = draw(paid.seq)
-        self._payments.keep(question, answer.to_json())
+        answer = self._looked(question, lambda: draw(paid.seq))
+        kept = answer.to_json()
+        self._payments.keep(question, kept)
         with self._lock:
-            self._released[asked] = answer
+            self._released[asked] = kept
             if len(self._released) > _REMEMBERED:
                 self._released.popitem(last=False)
         return answer
+
+    def _looked(self, question: Question, look: Callable[[], T]) -> T:
+        """Return what looking at the corpus gives. What else it raises may be private."""
+        try:
+            return look()
+        except (AccountantError, DPError, RetrievalError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a driver's message may quote rows
+            kind = type(error).__name__
+            _LOG.debug("%s failed", question.activity, exc_info=True)
+        raise ReleaseFailed(
+            f"{question.activity} was paid for and failed ({kind}); nothing is released, and the"
+            " error is logged at level debug, for it may hold private data"
+        )
 
     def _retrieved(
         self, vector: NDArray[np.float32], threshold: float, question: Question
@@ -203,3 +223,11 @@ class PaidQuestions:
         found = self._own_index(question.activity).retrieved(vector, threshold)
         admitted = self._payments.admitted(found.units, question)
         return found if admitted is None else found.cut(admitted)
+
+
+def _public(index: Corpus) -> list[object]:
+    """Return what is public of a corpus and decides what its answers mean, as JSON."""
+    if not isinstance(index, PrivateIndex):
+        return [index.public_labels]
+    hashing = asdict(index.hashing) if index.hashing else None
+    return [index.public_labels, index.public_terms, hashing]

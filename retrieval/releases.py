@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import iscoroutinefunction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,33 @@ def bar_of(bar: int) -> int:
     Raises:
         InvalidQuery: If it is no integer.
     """
-    if isinstance(bar, bool) or not isinstance(bar, int):
+    if isinstance(bar, bool) or not isinstance(bar, int | np.integer):
         raise InvalidQuery(f"bar must be an integer number of units, got {bar!r}")
-    return bar
+    return int(bar)
+
+
+def check_callable(*functions: object) -> None:
+    """Check that these can be called and return what they say, before anything is paid for.
+
+    Raises:
+        InvalidQuery: If one cannot be called, or returns something to be awaited.
+    """
+    for function in functions:
+        if not callable(function) or iscoroutinefunction(function):
+            raise InvalidQuery(
+                f"{function!r} must be a function that returns its answer, not one to be awaited"
+            )
+
+
+def public_prompt(text: object) -> str:
+    """Return the prompt without private data.
+
+    Raises:
+        InvalidQuery: If it is no text.
+    """
+    if not isinstance(text, str):
+        raise InvalidQuery(f"prompt(None) must be a text without private data, got {text!r}")
+    return text
 
 
 def noisy(counts: NDArray[np.int64], standard_deviation: float) -> list[int]:

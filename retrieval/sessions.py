@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike
 
 from accountant.forks import process
 from dp import SparseVector, sampling
-from retrieval.errors import InvalidQuery
+from retrieval.errors import InvalidQuery, SessionEnded
 
 
 class AboveThreshold:
     """A session that was paid for; get one from :meth:`RetrievalGuard.above_threshold`.
 
     One noisy bar for the whole session, and fresh noise for every count: discrete Laplace, drawn
-    exactly. Only yes and no are released. Adding a unit moves all counts up or none, which halves
-    the noise of a query (Lyu, Su, Li 2017, Theorem 5). It belongs to one process and ends with it.
+    exactly. Only yes and no are released. Adding a unit moves no count down, which halves the noise
+    of a query (Lyu, Su, Li 2017, Theorem 5). It belongs to one process and ends with it.
 
     Attributes:
         seq: The ledger entry that paid for it.
@@ -40,18 +40,26 @@ class AboveThreshold:
             query: Vector of shape (dimensions,) and L2 norm 1.
 
         Raises:
-            InvalidQuery: If the query is malformed, no answer of yes is left, or another process
-                paid for the session; the corpus was not read.
+            InvalidQuery: If the query is malformed, or another process paid for the session; the
+                corpus was not read.
+            SessionEnded: If no answer of yes is left; the corpus was not read.
         """
         if process() != self._process:  # before the lock: a fork may have copied it taken
             raise InvalidQuery("another process paid for this session; pay for one in this process")
+        self._check_left()
+        noisy = self._count(query) + sampling.discrete_laplace(self._event.query_noise)
         with self._lock:
-            if not self.left:
-                raise InvalidQuery("this session has said yes as often as was paid for")
-            noisy = self._count(query) + sampling.discrete_laplace(self._event.query_noise)
+            self._check_left()  # others may have asked meanwhile
             found = noisy >= self._bar
             self.left -= found
             return found
+
+    def _check_left(self) -> None:
+        if not self.left:
+            raise SessionEnded(
+                "this session has said yes as often as was paid for; pay for another one with"
+                " guard.above_threshold"
+            )
 
     def __reduce__(self) -> NoReturn:
         raise InvalidQuery("a session says yes as often as was paid for: no copies")

@@ -148,6 +148,10 @@ class UnitLanes:
         for position, unit in enumerate(units):
             if not isinstance(unit, str) or not unit:
                 raise InvalidRequest(f"unit {position} has no id: a text that is not empty")
+            try:
+                unit.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"unit {position}: UTF-8 cannot hold its id") from error
         with self._locked():
             lane = self._state.lane
             new = [unit for unit in dict.fromkeys(units) if unit not in lane]

@@ -19,16 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp import validate
+from retrieval.adapters import needs
 from retrieval.ensembles import Continuation
 from retrieval.errors import InvalidQuery
 
-try:
+with needs("transformers"):
     import torch
     from transformers import GenerationConfig
-except ModuleNotFoundError as missing:
-    raise ImportError(
-        f"{missing.name} is missing; install it with: pip install 'epsledger[transformers]'"
-    ) from missing
 
 _WITHOUT_EFFECT: dict[str, object] = {
     "top_k": 0,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from retrieval.errors import InvalidIndex, UnsupportedStore
+from retrieval.grid import norms
 
 BATCH = 1000
 """Rows asked of a store at a time."""
@@ -63,10 +64,10 @@ def normalized(vectors: ArrayLike) -> NDArray[np.float32]:
     wrong = 0
     for start in range(0, len(rows), BATCH):
         block = rows[start : start + BATCH].astype(np.float64)
-        norms = np.sqrt(np.vecdot(block, block))
-        usable = np.isfinite(norms) & (norms > 0)
+        usable = np.isfinite(block).all(axis=1) & block.any(axis=1)
         wrong += int(np.count_nonzero(~usable))
-        unit[start : start + BATCH] = block / np.where(usable, norms, 1)[:, None]
+        block[~usable] = 1
+        unit[start : start + BATCH] = block / norms(block)[:, None]
     if wrong:
         raise InvalidIndex(
             f"{wrong} of {len(rows)} vectors are zero or not finite and have no direction;"

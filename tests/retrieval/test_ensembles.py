@@ -1,6 +1,7 @@
 """Generation: what a token costs bounds what a unit changes, and each is paid for before it is drawn."""
 
 import math
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -59,7 +60,7 @@ def worst_share_of_the_price(scores_of, trials=500):
         whole = scores_of(sampler, public, private)
         for gone in range(len(private)):
             rest = scores_of(sampler, public, private[:gone] + private[gone + 1 :])
-            worst = max(worst, loss_range(whole, rest) / sampler.event(swapped=False).epsilon)
+            worst = max(worst, loss_range(whole, rest) / (sampler.event.epsilon / 2))
     return worst
 
 
@@ -96,11 +97,11 @@ def test_a_token_costs_no_more_than_the_worst_unit_can_do():
     sampler, public = Sampler(2.0, 32.0, 0.7), np.zeros(TOKENS, np.float32)
     one, other, rest = pushed(0, 1), pushed(1, 0), [np.ones(TOKENS, np.float32)] * 9
     left = loss_range(sampler.scores(public, [one, *rest]), sampler.scores(public, rest))
-    assert left == pytest.approx(sampler.event(swapped=False).epsilon, rel=1e-5)
+    assert left == pytest.approx((sampler.event.epsilon / 2), rel=1e-5)
     changed = loss_range(
         sampler.scores(public, [one, *rest]), sampler.scores(public, [other, *rest])
     )
-    assert changed == pytest.approx(sampler.event(swapped=True).epsilon, rel=1e-5)
+    assert changed == pytest.approx(sampler.event.epsilon, rel=1e-5)
 
 
 def worst_share_where_another_moves_up(trials, *, swapped):
@@ -119,7 +120,7 @@ def worst_share_where_another_moves_up(trials, *, swapped):
             best = index.names_of(index.top(index.retrieved(query, -0.5), 3))
             return sampler.scores(public, [logits[name] for name in best])
 
-        whole, price = scores(index), sampler.event(swapped=swapped).epsilon
+        whole, price = scores(index), sampler.event.epsilon / (1 if swapped else 2)
         for name in index.names:
             rest = scores(index.without([name], generation="2"))
             worst = max(worst, loss_range(whole, rest) / price)
@@ -138,7 +139,7 @@ def test_large_public_logits_lose_nothing_to_rounding():
     """At 2**54, doubles are 4 apart: a contribution of 0.1 would move the sum by nothing or by 4."""
     sampler, public = Sampler(0.1, 1.0), np.full(2, 2.0**54, np.float32)
     unit = np.float32([np.inf, 2.0**54])
-    price = sampler.event(swapped=False).epsilon
+    price = sampler.event.epsilon / 2
     with_and_without = [sampler.scores(public, [unit] * count) for count in (21, 20)]
     assert loss_range(*with_and_without) <= price
     control = [public.astype(float) + np.array([0.1 * count, 0.0]) for count in (21, 20)]
@@ -260,7 +261,7 @@ def test_the_control_that_marks_after_the_draw_is_caught(location, accountant):
         flat, on_step=lambda prompt, at: prompt != "public" and seen.append((at, *marked(location)))
     )
     with accountant.reserve(
-        "b", ASKED["sampler"].event(swapped=True), uses=6, unit="article", activity="a"
+        "b", ASKED["sampler"].event, uses=6, unit="article", activity="a"
     ) as reservation:
         public = begun(model, "public")
         generated(model, ASKED["sampler"], public, lambda: ["u00"], lambda: None, 2)
@@ -275,7 +276,7 @@ def test_what_was_not_drawn_is_returned_and_each_token_pays_for_a_swap(accountan
     answer = guard.generate(QUERY, Toy(ends_at_the_third, end=7), prompt_of, **ASKED)
     assert (answer.tokens, answer.ended) == ((0, 0), True)
     statement = accountant.statement("b")
-    assert statement.spent == ((ASKED["sampler"].event(swapped=True), 3),)
+    assert statement.spent == ((ASKED["sampler"].event, 3),)
     assert statement.open_reservations == ()
     assert accountant.verify().clean
 
@@ -297,7 +298,7 @@ def test_an_interrupted_text_forfeits_what_was_reserved(accountant, guard):
     with pytest.raises(KeyboardInterrupt):
         guard.generate(QUERY, Toy(flat, on_step=interrupt), prompt_of, **ASKED)
     statement = accountant.statement("b")
-    assert statement.spent == ((ASKED["sampler"].event(swapped=True), 6),)
+    assert statement.spent == ((ASKED["sampler"].event, 6),)
     assert [left[1:] for left in statement.open_reservations] == [(6, 2)]
 
 
@@ -362,9 +363,9 @@ def test_a_sampler_without_a_guarantee_is_refused(change):
 @pytest.mark.parametrize("tiny", [1e-200, 1e-300])
 def test_a_price_out_of_range_is_refused(tiny):
     with pytest.raises(InvalidParameter, match="epsilon"):
-        Sampler(1.0, tiny, tiny).event(swapped=True)
+        assert Sampler(1.0, tiny, tiny).event
     with pytest.raises(InvalidParameter, match="epsilon"):
-        Sampler(tiny, 1 / tiny, 1.0).event(swapped=True)
+        assert Sampler(tiny, 1 / tiny, 1.0).event
 
 
 # --- a membership attack --------------------------------------------------------------------------
@@ -393,7 +394,7 @@ def attack(sampler, lead, tokens, trials):
     return [
         [
             RetrievalGuard(None, "b", corpus, unit="article")
-            ._paying(Unpaid())
+            ._paying(Unpaid(), OrderedDict())
             .generate(
                 [1, 0],
                 Toy(lambda prompt, _: logits[prompt]),
@@ -434,7 +435,7 @@ TRIALS = [pytest.param(1000, id="1,000"), pytest.param(5000, id="5,000", marks=p
 def test_a_membership_attack_stays_below_the_price_of_the_text(tokens, clip, lead, trials):
     """As many trials with the target as without."""
     sampler = Sampler(clip, divisor=4.0)
-    price = tokens * sampler.event(swapped=True).epsilon
+    price = tokens * sampler.event.epsilon
     found = lower_bound(*attack(sampler, lead, tokens, trials), tokens)
     print(f"{tokens} tokens: epsilon is at least {found:.2f}, charged {price:.2f}")
     assert found <= price
@@ -443,7 +444,7 @@ def test_a_membership_attack_stays_below_the_price_of_the_text(tokens, clip, lea
 @pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize(("tokens", "clip", "lead"), [(1, 2.0, -0.5), (4, 1.0, 2.0)])
 def test_the_control_without_clipping_is_caught(tokens, clip, lead, trials):
-    price = tokens * Sampler(clip, divisor=4.0).event(swapped=True).epsilon
+    price = tokens * Sampler(clip, divisor=4.0).event.epsilon
     found = lower_bound(*attack(Sampler(1e3 * clip, divisor=4.0), lead, tokens, trials), tokens)
     print(f"{tokens} tokens, no clipping: epsilon is at least {found:.2f}, charged {price:.2f}")
     assert found > price
@@ -452,7 +453,7 @@ def test_the_control_without_clipping_is_caught(tokens, clip, lead, trials):
 @pytest.mark.long
 def test_the_control_that_pays_for_a_unit_without_its_successor_is_caught():
     sampler = Sampler(3.0, divisor=4.0)
-    price = sampler.event(swapped=False).epsilon
+    price = sampler.event.epsilon / 2
     found = lower_bound(*attack(sampler, -0.5, 1, 5000), 1)
     print(f"no swap priced: epsilon is at least {found:.2f}, charged {price:.2f}")
     assert found > price

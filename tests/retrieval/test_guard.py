@@ -1,5 +1,6 @@
 """The guard: no answer without a durable charge, no look at the corpus without one either."""
 
+import traceback
 from dataclasses import replace
 from itertools import islice
 
@@ -16,7 +17,7 @@ from accountant import (
     UnknownBudget,
 )
 from dp import Gaussian, InvalidParameter, adaptive
-from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
+from retrieval import InvalidQuery, PrivateIndex, ReleaseFailed, RetrievalGuard
 from retrieval.grid import on_grid
 
 
@@ -171,13 +172,18 @@ def test_a_key_with_another_question_is_an_error(guard, index, change):
 
 
 def test_an_answer_that_was_lost_is_not_drawn_again(accountant, index, guard, monkeypatch):
+    monkeypatch.setattr("accountant.accountant._WAIT_SECONDS", 0.05)
+
     def crash(*_):
-        raise OSError("gone")
+        raise OSError("row 7 is SECRET")
 
     with monkeypatch.context() as patched:
         patched.setattr(index, "retrieved", crash)
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(ReleaseFailed, match="OSError") as failure:
             guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")
+    said = "".join(traceback.format_exception(failure.value))
+    assert "SECRET" not in said
+    assert failure.value.__context__ is failure.value.__cause__ is None
     assert accountant.statement("b").activities[0].uses == 1
     with pytest.raises(ReleaseUnknown):
         guard.vote(QUERY, threshold=0.3, noise_multiplier=20.0, key="q-1")

@@ -39,7 +39,7 @@ WIDE, NARROW = adaptive(30.0, 1e-6), adaptive(3.0, 1e-6)
 ERRORS = (AccountantError, RetrievalError, DPError)
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """The process died, as far as the call is concerned."""
 
 
@@ -289,7 +289,7 @@ class Calls(RuleBasedStateMachine):
         self.end_all_leases()
         self.generation += 1
         self.looks, self.activity = 1, "none"  # a look of the owner's
-        changed = small(self.index._hashing, "other").without(
+        changed = small(self.index.hashing, "other").without(
             ["eve"], generation=f"{self.generation}"
         )
         self.index = watched(changed, self.look)
