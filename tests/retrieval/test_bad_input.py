@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from accountant import (
     UnitMismatch,
     UnknownBudget,
 )
+from accountant.stores.unit_lanes import UnitLanes
 from dp import InvalidParameter, NeighboringRelation, adaptive, pure
 from retrieval import (
     Hashing,
@@ -526,3 +528,33 @@ def test_the_index_of_an_intact_folder_answers_as_before(folder):
     assert before.histogram(query, 0.5).tolist() == after.histogram(query, 0.5).tolist() == [2, 1]
     assert TERMS[0] == ["fever", "cough"]
     assert after.terms_of(after.retrieved(query, 0.9)).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("unit", [os.fsdecode(b"r\xe9sum\xe9.txt"), "\ud83d\ude00"])
+def test_a_unit_that_no_text_can_name_is_refused_when_the_index_is_built(unit, tmp_path):
+    """Else it would fail where it is found, which tells that it was."""
+    with pytest.raises(InvalidIndex, match="UTF-8"):
+        PrivateIndex([[1.0, 0.0]], units=[unit])
+    lanes = UnitLanes(tmp_path / "units", opening="o", limit=10, most_queries=3)
+    with closing(lanes), pytest.raises(InvalidRequest, match="UTF-8"):
+        lanes.lanes_of([unit])
+
+
+def test_vectors_of_a_folder_that_are_not_on_the_grid_are_refused(tmp_path):
+    PrivateIndex([[0.6, 0.8], [1.0, 0.0]], units=["a", "b"]).save(tmp_path / "index")
+    path = tmp_path / "index" / "rows.npy"
+    sound = np.load(path)
+    for damaged in (sound * 100, sound + np.float32(1e-5)):
+        np.save(path, damaged)
+        with pytest.raises(InvalidIndex, match="not on the grid"):
+            PrivateIndex.open(tmp_path / "index")
+    np.save(path, sound)
+    assert PrivateIndex.open(tmp_path / "index").names == ("a", "b")
+
+
+def test_a_save_that_was_cut_off_is_named(tmp_path):
+    (tmp_path / "index.new").mkdir()
+    index = PrivateIndex([[0.6, 0.8]], units=["a"])
+    for folder, words in (("index", "index.new is there"), ("no/such/folder", "cannot be written")):
+        with pytest.raises(InvalidIndex, match=words):
+            index.save(tmp_path / folder)

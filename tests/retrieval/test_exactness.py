@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retrieval import Hashing, PrivateIndex
-from retrieval.grid import STEPS, on_grid
+from retrieval.grid import STEPS, is_on_grid, norms, on_grid
 
 DIMENSIONS = [1, 2, 3, 5, 8, 17, 37, 100, 128, 383, 384, 768, 1024, 1537, 2048]
 
@@ -166,3 +166,44 @@ def test_the_control_of_an_index_off_the_grid_depends_on_other_units(tmp_path):
             changed += changes(index, query, index.names[::8])[1]
     print(f"{changed} scores changed off the grid")
     assert changed > 0
+
+
+# --- preparation -----------------------------------------------------------------------------------
+
+LAYOUTS = [np.ascontiguousarray, np.asfortranarray]
+
+
+def rows_whose_length_moved(lengths):
+    """How many rows have another length beside other rows, or in another layout of memory."""
+    moved = 0
+    for dimensions in (2, 37, 384, 1000, 9000):
+        rows = unit_vectors(64, dimensions).astype(np.float64)
+        alone = np.concatenate([lengths(row[None]) for row in rows])
+        for layout in LAYOUTS:
+            for beside in (2, 3, 17, 64):
+                parts = [layout(part) for part in np.split(rows, range(beside, 64, beside))]
+                moved += np.count_nonzero(np.concatenate(list(map(lengths, parts))) != alone)
+    return moved
+
+
+def test_a_row_s_length_depends_on_the_row_alone():
+    assert rows_whose_length_moved(norms) == 0
+
+
+def test_the_control_that_adds_up_floats_depends_on_other_rows():
+    assert rows_whose_length_moved(lambda rows: np.sqrt(np.einsum("ij,ij->i", rows, rows))) > 0
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 384, 4097, 50_000])
+def test_lengths_are_right_and_rows_on_the_grid_at_most_1(dimensions):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(20, dimensions)) * np.exp(rng.uniform(-300, 300, (20, 1)))
+    peaked = rows * (rng.random(rows.shape) < 3 / dimensions)
+    peaked[:, 0] = rows[:, 0]
+    for each in (rows, peaked):
+        largest = np.abs(each).max(axis=1)
+        exact = largest * np.linalg.norm(each / largest[:, None], axis=1)
+        assert norms(each) == pytest.approx(exact, rel=2e-3)
+        on = on_grid((each / exact[:, None]).astype(np.float32))
+        assert is_on_grid(on)
+        assert np.linalg.norm(on.astype(np.float64), axis=1) == pytest.approx(1, abs=0.03)

@@ -1,6 +1,7 @@
 """The guard: no answer without a durable charge, no look at the corpus without one either."""
 
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
@@ -13,11 +14,18 @@ from accountant import (
     BudgetExceeded,
     KeyReused,
     ReleaseUnknown,
+    ReservationError,
     UnitMismatch,
     UnknownBudget,
 )
 from dp import Gaussian, InvalidParameter, adaptive
-from retrieval import InvalidQuery, PrivateIndex, ReleaseFailed, RetrievalGuard
+from retrieval import (
+    InvalidQuery,
+    NoCorpusGuarantee,
+    PrivateIndex,
+    ReleaseFailed,
+    RetrievalGuard,
+)
 from retrieval.grid import on_grid
 
 
@@ -221,3 +229,74 @@ def test_a_guard_for_another_unit_or_budget_answers_nothing(accountant, index):
                 QUERY, threshold=0.3, noise_multiplier=20.0
             )
     assert index.reads == 0
+
+
+def two_votes(accountant, labels, public_labels):
+    rows = np.eye(2)
+    index = PrivateIndex(rows, units=["a", "b"], labels=labels, public_labels=public_labels)
+    return RetrievalGuard(accountant, "b", index, unit="article")
+
+
+def test_a_key_belongs_to_one_list_of_labels(accountant):
+    asked = {"threshold": 0.3, "noise_multiplier": 20.0, "key": "q-1"}
+    two_votes(accountant, ["x", "y"], ["x", "y"]).vote([1, 0], **asked)
+    with pytest.raises(KeyReused):
+        two_votes(accountant, ["y", "x"], ["y", "x"]).vote([1, 0], **asked)
+
+
+def test_what_is_replayed_is_not_what_a_caller_made_of_it(guard):
+    asked = {"query": QUERY, "threshold": 0.3, "noise_multiplier": 20.0}
+    first = guard.vote(**asked)
+    before = dict(first.counts)
+    first.counts["x"] = -99
+    assert guard.vote(**asked).counts == before
+
+
+def test_leases_that_ended_pay_for_nothing_more(accountant, guard):
+    with guard.leased() as fast:
+        fast.count(QUERY, threshold=0.3, noise_multiplier=20.0)
+    spent = accountant.statement("b").spent
+    for noise in (20.0, 21.0):  # of a kind that was leased, and of a new one
+        with pytest.raises(ReservationError, match="ended"):
+            fast.count(BASIS, threshold=0.3, noise_multiplier=noise)
+    assert accountant.statement("b").spent == spent
+    assert not accountant.statement("b").open_reservations
+
+
+def test_threads_ask_at_once_and_each_answer_is_paid(accountant, guard, index):
+    asked = {"threshold": 0.3, "noise_multiplier": 90.0}
+    rows = list(islice(queries(), 80))
+    with guard.leased() as fast, ThreadPoolExecutor(8) as pool:
+        ways = [fast, guard] * 40
+        counts = list(pool.map(lambda way, row: way.count(row, **asked).seq, ways, rows))
+    assert len(counts) == accountant.statement("b").activities[0].uses == 80
+    assert accountant.verify().clean
+
+
+@pytest.mark.parametrize("answer", [None, "yes"])
+def test_what_cannot_be_called_is_refused_before_it_is_paid(accountant, guard, answer):
+    with pytest.raises(InvalidQuery, match="must be a function"):
+        guard.answer_vote(QUERY, answer, ["yes"], threshold=0.3, noise_multiplier=20.0, most=3)
+    assert not accountant.statement("b").spent
+
+
+async def later(_):
+    return "yes"
+
+
+def test_what_must_be_awaited_is_refused_before_it_is_paid(accountant, guard):
+    with pytest.raises(InvalidQuery, match="awaited"):
+        guard.answer_vote(QUERY, later, ["yes"], threshold=0.3, noise_multiplier=20.0, most=3)
+    assert not accountant.statement("b").spent
+
+
+def test_a_raw_read_needs_more_than_blanks_as_a_reason(accountant, guard, index):
+    for reason in (None, "", "  "):
+        with pytest.raises(NoCorpusGuarantee):
+            guard.raw(QUERY, k=2, reason=reason)
+    assert index.reads == accountant.statement("b").unprotected == 0
+    assert guard.raw(QUERY, k=2, reason="ticket 7: support may read") == guard.raw(
+        QUERY, k=2, reason="again"
+    )
+    assert accountant.statement("b").unprotected == 2
+    assert not accountant.statement("b").spent

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -306,3 +308,53 @@ def test_nothing_tells_how_many_have_room(opened, accountant, caplog, capfd, tmp
     assert not any(unit in said for unit in index().names)
     assert "charged" not in caplog.text
     assert accountant.verify().clean
+
+
+def test_what_units_pay_for_is_not_replayed_as_the_budget_s_answer(guard, opened):
+    for turn in range(5):
+        ask(opened, 90.0 + turn / 10)
+    assert ask(opened, 90.4) == {"x": 0, "y": 0}
+    assert ask(guard, 90.4) == {"x": 2, "y": 1}
+
+
+def test_threads_cannot_make_a_unit_pay_more_than_it_may(opened):
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda turn: ask(opened, 90.0 + turn / 100), range(24)))
+    assert sum(count["y"] for count in counts) == 4  # u03 took part four times
+
+
+def shift_of_an_attack(queries, mu):
+    """Of 16 like questions about one unit: how much more is counted where it is, in all.
+
+    Returns the mean over units, and its standard error.
+    """
+    units, where = 150, np.random.default_rng(0).normal(size=(300, 64))
+    where /= np.linalg.norm(where, axis=1, keepdims=True)
+    index = PrivateIndex(where[:units], units=[f"u{n}" for n in range(units)])
+    sums = []
+    with Accountant.open("memory:") as books, TemporaryDirectory() as folder:
+        books.create_budget("b", adaptive(1e6, 1e-6), unit="article")
+        guard = RetrievalGuard(books, "b", index, unit="article")
+        with guard.per_unit(f"{folder}/units", name="f", mu=mu, queries=10**6) as many:
+            for n, row in enumerate(where):
+                near = [row + 1e-2 * np.eye(64)[(n + query) % 64] for query in range(queries)]
+                sums.append(
+                    sum(
+                        many.count(
+                            one / np.linalg.norm(one), threshold=0.9, noise_multiplier=NOISE
+                        ).value
+                        for one in near
+                    )
+                )
+    there, elsewhere = np.array(sums[:units]), np.array(sums[units:])
+    return there.mean() - elsewhere.mean(), NOISE * math.sqrt(2 * queries / units)
+
+
+def test_an_attack_over_many_questions_gains_what_mu_allows_and_no_more(monkeypatch):
+    """A unit held to mu shifts a sum by at most mu**2 * sigma**2; the control holds it to more."""
+    monkeypatch.undo()  # noise as it is paid for
+    shift, error = shift_of_an_attack(10, MU)
+    assert abs(shift - 4) < 6 * error
+    assert shift < MU**2 * NOISE**2 + 6 * error
+    shift, error = shift_of_an_attack(20, 100.0)
+    assert shift > MU**2 * NOISE**2 + 6 * error
