@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +24,7 @@ class Answer:
 
     def to_json(self) -> bytes:
         """Return the answer as it is kept for a retry."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({each.name: getattr(self, each.name) for each in fields(self)}).encode()
 
     @classmethod
     def from_json(cls, kept: bytes) -> Self:
