@@ -72,7 +72,7 @@ def measured(rows: int, folder: Path) -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         gc.collect()
-        for name, way in ways.items():
+        for way in ways.values():
             way(queries[QUERIES])  # to warm up
         for first in range(0, QUERIES, TURN):
             for name, way in ways.items():
@@ -80,7 +80,7 @@ def measured(rows: int, folder: Path) -> None:
                     start = perf_counter()
                     way(query)
                     times[name].append(perf_counter() - start)
-    print(f"{rows:,} x {DIMENSIONS}, about {SHARE:.0%} found, {QUERIES} queries each, in turns of {TURN}")
+    print(f"{rows:,} x {DIMENSIONS}, {SHARE:.0%} found, {QUERIES} queries each, in turns of {TURN}")
     base = np.array(times["plain exact scan"])
     for name, spent in times.items():
         p50, p99 = np.quantile(spent, [0.5, 0.99]) * 1e3

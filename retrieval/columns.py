@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -140,10 +141,21 @@ def without(columns: Columns, units: Iterable[str]) -> Columns:
 
 
 def save(columns: Columns, folder: Path) -> None:
-    """Write the columns as files."""
+    """Write the columns as files, durably."""
     for name in ("rows", "owners", "labels", "pairs"):
-        np.save(folder / f"{name}.npy", getattr(columns, name))
-    (folder / "names.json").write_text(json.dumps(columns.names), encoding="utf-8")
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.save(file, getattr(columns, name))
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder / "names.json", columns.names)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value, durably."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(folder: Path, *, labels: int, terms: int) -> Columns:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp import ExponentialMechanism, sampling, validate
-from retrieval.errors import InvalidQuery
+from retrieval.errors import InvalidQuery, ReleaseFailed
 
 _LOG = logging.getLogger(__name__)
 _FINE = 2.0**20
@@ -36,7 +36,8 @@ class LanguageModel(Protocol):
     """A model that continues prompts; what it says of one must not depend on other prompts.
 
     That excludes batches of prompts: their products differ in the last bits with what else is in
-    the batch.
+    the batch. It excludes limits that prompts share, too (of a rate, a time or a memory): whether a
+    call fails must not depend on the other units.
     """
 
     @property
@@ -150,16 +151,22 @@ def checked_logits(public: Logits) -> NDArray[np.float64]:
 def or_none(function: Callable[[T], U]) -> Callable[[T], U | None]:
     """Return the function, with None for what it raises: whether it fails on a unit is private.
 
-    The owner finds the kind of error in the log, and at level debug all of it.
+    The owner finds the error in the log at level debug. Memory that runs out is another thing: it
+    would make what others say depend on this unit, and ends the release.
     """
 
     def guarded(unit: T) -> U | None:
         try:
             return function(unit)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is private
-            _LOG.warning("a unit's answer failed (%s), and does not count", type(error).__name__)
-            _LOG.debug("it was", exc_info=True)
-            return None
+            exhausted = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+            _LOG.debug("a unit's answer failed, and does not count", exc_info=True)
+        if exhausted:
+            raise ReleaseFailed(
+                "a model ran out of memory, which one unit can do to the others; it was paid for,"
+                " and nothing is released: ask fewer units, or shorter prompts"
+            )
+        return None
 
     return guarded
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from accountant.notes import fsync_folder
 from retrieval import columns
 from retrieval.columns import Columns, Floats, Integers, Positions
 from retrieval.errors import InvalidIndex, InvalidQuery
@@ -198,8 +199,10 @@ class PrivateIndex:
             "hashing": asdict(self.hashing) if self.hashing else None,
             "generation": self.generation,
         }
-        (new / "index.json").write_text(json.dumps(record), encoding="utf-8")
+        columns.write_json(new / "index.json", record)
+        fsync_folder(new / "index.json")
         new.rename(folder)
+        fsync_folder(folder)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

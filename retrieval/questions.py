@@ -121,6 +121,8 @@ class PaidQuestions:
         entry, error or report, and neither is how many. Best where questions are spread over many
         topics.
 
+        Closing the budget does not end it: it was charged, and ends with its cap.
+
         Under ``planned`` it takes mu squared of the Gaussian lane. Releases are those that are
         Gaussian DP: all but :meth:`RetrievalGuard.above_threshold`, which charges the budget.
 

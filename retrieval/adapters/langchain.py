@@ -1,10 +1,10 @@
 """A guarded retriever for LangChain.
 
 Handlers, LangSmith and other tracers record the query and the one document that comes back, or
-the message of a refusal. Within ``ask``, in its own thread, both are off, those of the chain around
-it and those that the environment turns on, so that a model which is asked about single units is
-not recorded. What a model was given itself (its own ``callbacks``) and ``set_debug(True)`` stay on:
-leave them out.
+the message of a refusal. Within ``ask``, in its own thread, those of the chain around it and
+LangSmith's are off, so that a model which is asked about single units is not recorded. What stays
+on: a model's own ``callbacks``, ``set_debug(True)``, and handlers that other packages register
+with ``register_configure_hook`` for the environment to turn on. Leave them out.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class CausalLM:
             InvalidQuery: If the prompt has no tokens; from the function, if there are fewer logits
                 than tokens, or the text has outgrown the model's context.
         """
-        tokens = self._tokenizer(prompt)["input_ids"][-self._most :]
+        tokens = self._tokenizer(prompt, verbose=False)["input_ids"][-self._most :]
         if not tokens:
             raise InvalidQuery("the prompt has no tokens")
         self._model.eval()

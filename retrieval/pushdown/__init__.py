@@ -21,8 +21,8 @@ What the owner sees to:
 - Rows do not change under a corpus. Changed rows are opened again, under a new ``generation``:
   remembered answers are those of a generation, and the checks are made when it is opened.
 - No time-outs whose firing the asker can see. How long a query takes depends on private rows, and
-  so does whether it takes too long. An error of the engine comes after payment, and is raised as
-  it is.
+  so does whether it takes too long. An error of the engine comes after payment: a
+  ``ReleaseFailed`` that says nothing of it.
 """
 
 from retrieval.pushdown.duckdb import DuckDBCorpus

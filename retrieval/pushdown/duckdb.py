@@ -20,18 +20,21 @@ _BATCH = 10_000
 """Names of units that are fetched at a time."""
 _CREATE = "CREATE TABLE {table} ({vector} FLOAT[{dimensions}] NOT NULL{texts})"
 _INSERT = "INSERT INTO {table} SELECT array_value({values}){texts} FROM epsledger_batch"
-_DIMENSIONS = "SELECT len({vector}) FROM {table} WHERE {vector} IS NOT NULL LIMIT 1"
+_FIRST = "SELECT len({vector}), typeof({unit}) FROM {table} WHERE {vector} IS NOT NULL LIMIT 1"
 _ROWS = """
-    SELECT {unit} AS unit, {vector}::FLOAT[{dimensions}] AS vector, {label}::VARCHAR AS label
+    SELECT {unit}::VARCHAR COLLATE C AS unit, {vector}::FLOAT[{dimensions}] AS vector,
+        {label}::VARCHAR COLLATE C AS label
     FROM {table}
 """
+"""Texts are compared by their code points, whatever the column or the database says: else one
+row's spelling would decide for all that are called equal."""
 _CHECK = """
     SELECT count(*), count(*) FILTER (WHERE low = high),
         coalesce(sum(n), 0)::BIGINT, coalesce(sum(with_unit), 0)::BIGINT,
         coalesce(sum(on_grid), 0)::BIGINT, coalesce(sum(with_label), 0)::BIGINT
     FROM (
         SELECT count(*) AS n,
-            count(*) FILTER (WHERE unit::VARCHAR <> '') AS with_unit,
+            count(*) FILTER (WHERE unit <> '') AS with_unit,
             count(*) FILTER (
                 WHERE list_bool_and([x * {steps} = round(x * {steps}) FOR x IN vector])
                 AND array_inner_product(
@@ -50,7 +53,8 @@ _COUNT = """
         GROUP BY unit
     ) AS units GROUP BY label
 """
-_UNITS = "SELECT DISTINCT unit::VARCHAR COLLATE C AS unit FROM ({rows}) AS r ORDER BY 1"
+_UNITS = "SELECT DISTINCT unit FROM ({rows}) AS r ORDER BY 1"
+_PATH = "SELECT current_setting('search_path')"
 
 
 class DuckDBCorpus(TableCorpus):
@@ -98,7 +102,7 @@ class DuckDBCorpus(TableCorpus):
         import duckdb
 
         super().__init__(table, label=label, public_labels=public_labels, generation=generation)
-        self._connection = connection
+        self._connection, self._path = connection, _path(connection)
         names = {
             "unit": _quoted(unit),
             "vector": _quoted(vector),
@@ -106,7 +110,9 @@ class DuckDBCorpus(TableCorpus):
             "table": _named(schema, table),
         }
         try:
-            self._dimensions = next(chain(*self._fetched(_DIMENSIONS.format(**names))), 0)
+            first = self._fetched(_FIRST.format(**names))
+            self._dimensions: int = first[0][0] if first else 0
+            kind = first[0][1] if first else "VARCHAR"
             sizes = {"dimensions": self._dimensions or 1, "steps": STEPS}
             rows = _ROWS.format(**names, **sizes)
             check, self._count, self._units = (
@@ -115,7 +121,7 @@ class DuckDBCorpus(TableCorpus):
             (found,) = self._fetched(check, labels=self._labels)
         except duckdb.Error as error:
             raise InvalidIndex(f"the table {table!r} cannot be read: {error}") from error
-        self._check(*found)
+        self._check(*found, kind=kind)
 
     @property
     def dimensions(self) -> int:
@@ -124,7 +130,7 @@ class DuckDBCorpus(TableCorpus):
 
     def units(self) -> Generator[str, None, None]:
         """Yield the names of the units once each, in order of their code points. NOT private."""
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             cursor.execute(self._units)
             while names := cursor.fetchmany(_BATCH):
                 yield from chain(*names)
@@ -133,8 +139,11 @@ class DuckDBCorpus(TableCorpus):
         return self._fetched(self._count, query=query.tolist(), threshold=threshold)
 
     def _fetched(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             return cursor.execute(statement, values).fetchall()
+
+    def _cursor(self) -> DuckDBPyConnection:
+        return _looking_at(self._connection.cursor(), self._path)
 
 
 def write(
@@ -187,7 +196,7 @@ def write(
         values=", ".join(f"x{at}" for at in range(dimensions)),
         texts="".join(f", text{at}" for at in range(len(texts))),
     )
-    with connection.cursor() as cursor:
+    with _looking_at(connection.cursor(), _path(connection)) as cursor:
         try:
             cursor.begin()
             cursor.execute(create)
@@ -202,6 +211,18 @@ def write(
             cursor.commit()
         except duckdb.Error as error:
             raise InvalidIndex(f"the table {table!r} cannot be written: {error}") from error
+
+
+def _path(connection: DuckDBPyConnection) -> str:
+    """Return where a connection looks for tables: its cursors do not inherit it."""
+    ((path,),) = connection.execute(_PATH).fetchall()
+    return str(path)
+
+
+def _looking_at(cursor: DuckDBPyConnection, path: str) -> DuckDBPyConnection:
+    if path:
+        cursor.execute("SET search_path = '{}'".format(path.replace("'", "''")))
+    return cursor
 
 
 def _named(schema: str | None, table: str) -> str:

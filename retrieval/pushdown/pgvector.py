@@ -39,32 +39,49 @@ _SETTINGS = """
 """Planned at its default costs, a scan of large rows is not parallel. JIT compiles for longer than
 it saves. A policy that hides rows becomes an error. No time-outs: whether one fires depends on
 private rows; servers before version 17 have only the first."""
-_ROWS = "SELECT {unit} AS unit, {vector}::vector AS vector, {label}::text AS label FROM {table}"
-_DIMENSIONS = "SELECT vector_dims(vector) FROM ({rows}) AS r WHERE vector IS NOT NULL LIMIT 1"
+_PLACE = """
+    SELECT n.nspname, c.relname, (
+        SELECT quote_ident(v.nspname) FROM pg_catalog.pg_extension AS e
+        JOIN pg_catalog.pg_namespace AS v ON v.oid = e.extnamespace WHERE e.extname = 'vector'
+    )
+    FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = pg_catalog.to_regclass(%(name)s)
+"""
+"""Where the table and the extension are. Queries look nowhere else: a function or an operator of
+the same name, ahead on the search path, would run on private rows."""
+_PATH = "SELECT pg_catalog.set_config('search_path', %s, true)"
+_ROWS = """
+    SELECT {unit}::text COLLATE "C" AS unit, pg_typeof({unit})::text AS kind,
+        {vector}::vector AS vector, {label}::text COLLATE "C" AS label
+    FROM {table}
+"""
+"""Texts are compared by their code points, whatever the column says: else one row's spelling would
+decide for all that are called equal."""
+_FIRST = "SELECT vector_dims(vector), kind FROM ({rows}) AS r WHERE vector IS NOT NULL LIMIT 1"
 _CHECK = """
     SELECT count(*), count(*) FILTER (WHERE low = high),
         coalesce(sum(n), 0)::bigint, coalesce(sum(with_unit), 0)::bigint,
         coalesce(sum(on_grid), 0)::bigint, coalesce(sum(with_label), 0)::bigint
     FROM (
         SELECT count(*) AS n,
-            count(*) FILTER (WHERE unit::text <> '') AS with_unit,
+            count(*) FILTER (WHERE unit <> '') AS with_unit,
             count(*) FILTER (
                 WHERE (vector + %(rounds)s::vector) - %(rounds)s::vector = vector
                 AND vector_norm(vector) <= 1
             ) AS on_grid,
             count(*) FILTER (WHERE label = ANY(%(labels)s)) AS with_label,
-            min(label COLLATE "C") AS low, max(label COLLATE "C") AS high
+            min(label) AS low, max(label) AS high
         FROM ({rows}) AS r GROUP BY unit
     ) AS units
 """
 _COUNT = """
     SELECT label, count(*) FROM (
-        SELECT min(label COLLATE "C") AS label FROM ({rows}) AS r
+        SELECT min(label) AS label FROM ({rows}) AS r
         WHERE vector <#> %(query)s::vector <= -(%(threshold)s::float8)
         GROUP BY unit
     ) AS units GROUP BY label
 """
-_UNITS = 'SELECT DISTINCT unit::text COLLATE "C" FROM ({rows}) AS r ORDER BY 1'
+_UNITS = "SELECT DISTINCT unit FROM ({rows}) AS r ORDER BY 1"
 
 
 class PgvectorCorpus(TableCorpus):
@@ -107,23 +124,33 @@ class PgvectorCorpus(TableCorpus):
         from psycopg import sql
 
         super().__init__(table, label=label, public_labels=public_labels, generation=generation)
-        self._connection, self._lock = connection, threading.RLock()
-        rows = sql.SQL(_ROWS).format(
-            unit=_with_values(unit),
-            vector=_with_values(vector),
-            label=sql.Literal(NO_LABEL) if label is None else _with_values(label),
-            table=_with_values(schema, table),
-        )
-        dimensions, check, self._count, self._units = (
-            sql.SQL(text).format(rows=rows) for text in (_DIMENSIONS, _CHECK, _COUNT, _UNITS)
-        )
+        self._connection, self._lock, self._path = connection, threading.RLock(), ""
         try:
-            self._dimensions = next(chain(*self._fetched(dimensions)), 0)
+            called = _named(schema, table).as_string(connection)
+            place = self._fetched(sql.SQL(_PLACE).format(), name=called)
+            if not place or not place[0][2]:
+                raise InvalidIndex(
+                    f"the table {called} cannot be read: there is none, or no extension vector"
+                )
+            *found_at, extension = place[0]
+            self._path = f"pg_catalog, {extension}"
+            rows = sql.SQL(_ROWS).format(
+                unit=_with_values(unit),
+                vector=_with_values(vector),
+                label=sql.Literal(NO_LABEL) if label is None else _with_values(label),
+                table=_with_values(*found_at),
+            )
+            first, check, self._count, self._units = (
+                sql.SQL(text).format(rows=rows) for text in (_FIRST, _CHECK, _COUNT, _UNITS)
+            )
+            seen = self._fetched(first)
+            self._dimensions: int = seen[0][0] if seen else 0
+            kind = seen[0][1] if seen else "text"
             rounds = _text(np.full(self._dimensions or 1, _ROUNDS))
             ((found),) = self._fetched(check, rounds=rounds, labels=self._labels)
         except (psycopg.ProgrammingError, psycopg.DataError) as error:
             raise InvalidIndex(f"the table {table!r} cannot be read: {error}") from error
-        self._check(*found)
+        self._check(*found, kind=kind)
 
     @property
     def dimensions(self) -> int:
@@ -132,7 +159,10 @@ class PgvectorCorpus(TableCorpus):
 
     def units(self) -> Generator[str, None, None]:
         """Yield the names of the units once each, in order of their code points. NOT private."""
-        with self._reading(), self._connection.cursor("epsledger_units") as stream:
+        from psycopg.rows import tuple_row
+
+        open_stream = self._connection.cursor
+        with self._reading(), open_stream("epsledger_units", row_factory=tuple_row) as stream:
             stream.execute(self._units, {})
             while names := stream.fetchmany(_BATCH):
                 yield from chain(*names)
@@ -155,7 +185,9 @@ class PgvectorCorpus(TableCorpus):
             if status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}:
                 raise InvalidIndex("the connection is in a transaction; give one of its own")
             with self._connection.transaction():
-                self._connection.execute(_SETTINGS)
+                self._connection.execute(_SETTINGS, prepare=False)
+                if self._path:
+                    self._connection.execute(_PATH, [self._path])
                 yield
 
 

@@ -19,6 +19,11 @@ Batch = tuple[ArrayLike, Sequence[str], Sequence[str] | None]
 NO_LABEL = ""
 """Stands in the statements for the label of every unit where there are no labels."""
 
+_KINDS = {"text", "varchar", "character varying", "uuid", "tinyint", "smallint", "integer"} | {
+    *("bigint", "hugeint", "utinyint", "usmallint", "uinteger", "ubigint", "uhugeint")
+}
+"""Types of which equal values have one text."""
+
 _MUST = (
     "rows without a privacy unit: every row needs one, as text",
     "rows whose vector is missing, off the grid or longer than 1; store vectors by write()",
@@ -74,7 +79,7 @@ class TableCorpus(ABC):
     def _labels(self) -> list[str]:
         return list(self.public_labels) or [NO_LABEL]
 
-    def _check(self, units: int, one_label: int, rows: int, *good: int) -> None:
+    def _check(self, units: int, one_label: int, rows: int, *good: int, kind: str) -> None:
         """Check what the engine found, in the order of the statements' columns.
 
         Args:
@@ -82,7 +87,13 @@ class TableCorpus(ABC):
             one_label: How many of them have one label.
             rows: How many there are.
             good: How many of them have a unit, a vector on the grid, a public label.
+            kind: Of the column of units, as the engine calls it.
         """
+        if kind.lower() not in _KINDS:
+            raise InvalidIndex(
+                f"the units of the table {self.table!r} are of the type {kind}, in which equal"
+                " units can be written in several ways; they must be texts, integers or UUIDs"
+            )
         if not rows:
             raise InvalidIndex(f"the table {self.table!r} has no rows; write them first")
         for right, of, what in zip(
@@ -119,6 +130,10 @@ def prepared(
             for row, text in enumerate(column, start):
                 if not isinstance(text, str) or not text:
                     raise InvalidIndex(f"row {row} has no {name}: every row needs one, as text")
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise InvalidIndex(f"row {row}: UTF-8 cannot hold {text!r}") from error
         yield rows, texts
         start += len(rows)
     if not start:

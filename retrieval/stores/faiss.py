@@ -56,7 +56,11 @@ def read(
     check_entries(index.ntotal, units=units, labels=labels)
     return gather(
         (
-            (vectors, by_id(units, ids, "units"), by_id(labels or {}, ids, "labels"))
+            (
+                vectors,
+                by_id(units, ids, "units"),
+                by_id({} if labels is None else labels, ids, "labels"),
+            )
             for vectors, ids in _rows(faiss.downcast_index(index))
         ),
         index.ntotal,

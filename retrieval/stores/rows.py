@@ -156,7 +156,7 @@ def check_version(store: str, found: str, tested: Sequence[str]) -> None:
 def check_entries(count: int, **given: Sequence[str] | Mapping[int, str] | None) -> None:
     """Refuse sequences that do not have one entry for each of ``count`` rows."""
     for name, values in given.items():
-        if isinstance(values, Sequence) and len(values) != count:
+        if values is not None and not isinstance(values, Mapping) and len(values) != count:
             raise InvalidIndex(
                 f"the index has {count} rows and {name} has {len(values)} entries; give one for"
                 " each row, or a mapping from ids"

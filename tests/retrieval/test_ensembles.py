@@ -11,8 +11,8 @@ from scipy import special, stats
 
 from accountant import Accountant, BudgetExceeded
 from dp import InvalidParameter, adaptive
-from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
-from retrieval.ensembles import Sampler, begun, generated
+from retrieval import InvalidQuery, PrivateIndex, ReleaseFailed, RetrievalGuard
+from retrieval.ensembles import Sampler, begun, generated, or_none
 from retrieval.grid import on_grid
 
 TOKENS, REACHED = 8, 100.0
@@ -468,3 +468,17 @@ def test_a_model_may_use_the_buffer_of_its_public_logits_again():
 
     sampler = Sampler(clip=1.0, divisor=1e4)
     assert np.ptp(sampler.scores(buffer, private())) <= 1.0001e-4
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("of the device")]
+)
+def test_memory_that_runs_out_ends_the_release_and_drops_nobody(error):
+    """One long unit would else decide whether the others count."""
+
+    def fails(unit):
+        raise error
+
+    with pytest.raises(ReleaseFailed, match="memory") as failure:
+        or_none(fails)("u")
+    assert failure.value.__context__ is None
