@@ -64,7 +64,7 @@ def lanes(path):
 
 # --- against a dictionary -------------------------------------------------------------------------
 
-names = st.sampled_from(["ann", "bob", "cleo", "dan", "eve", "Ωmega", "a\0b", "\ud800"])
+names = st.sampled_from(["ann", "bob", "cleo", "dan", "eve", "Ωmega", "a\0b"])
 steps = st.tuples(
     st.integers(0, 2),
     st.sampled_from(["add", "charge", "charge", "charge", "reopen"]),

@@ -102,7 +102,7 @@ def test_who_scores_pays_and_is_left_out_when_out_of_room(opened):
 
 def test_who_does_not_score_pays_nothing(opened):
     for turn in range(20):
-        ask(opened, 90.0 + turn / 100)
+        ask(opened, 90.0 + turn / 4)
     assert ask(opened, 270.0) == {"x": 2, "y": 1}
 
 
@@ -319,7 +319,8 @@ def test_what_units_pay_for_is_not_replayed_as_the_budget_s_answer(guard, opened
 
 def test_threads_cannot_make_a_unit_pay_more_than_it_may(opened):
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(lambda turn: ask(opened, 90.0 + turn / 100), range(24)))
+        # Far enough apart that no two are one question on the grid, which would be answered again.
+        counts = list(pool.map(lambda turn: ask(opened, 90.0 + turn / 4), range(24)))
     assert sum(count["y"] for count in counts) == 4  # u03 took part four times
 
 
