@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from retrieval import Hashing, PrivateIndex
-from retrieval.grid import STEPS, is_on_grid, norms, on_grid
+from retrieval import Hashing, PrivateIndex, RetrievalError
+from retrieval.grid import STEPS, check_kernel, is_on_grid, norms, on_grid
 
 DIMENSIONS = [1, 2, 3, 5, 8, 17, 37, 100, 128, 383, 384, 768, 1024, 1537, 2048]
 
@@ -207,3 +207,21 @@ def test_lengths_are_right_and_rows_on_the_grid_at_most_1(dimensions):
         on = on_grid((each / exact[:, None]).astype(np.float32))
         assert is_on_grid(on)
         assert np.linalg.norm(on.astype(np.float64), axis=1) == pytest.approx(1, abs=0.03)
+
+
+def test_a_kernel_whose_products_are_not_exact_is_refused(monkeypatch):
+    """Rows off the grid stand for it: their products are rounded."""
+    check_kernel.__wrapped__(384)
+    monkeypatch.setattr("retrieval.grid.on_grid", lambda rows: unit_vectors(*rows.shape))
+    with pytest.raises(RetrievalError, match="does not multiply float32 exactly"):
+        check_kernel.__wrapped__(384)
+
+
+def test_equal_scores_are_not_ordered_by_names_which_could_be_chosen():
+    names = [f"{n:02}" for n in range(64)]
+    index = PrivateIndex(np.tile([[1.0, 0.0]], (64, 1)), units=names)
+    found = index.retrieved(np.float32([1, 0]), 0.5)
+    best = index.names_of(index.top(found, 32))
+    assert len(best) == 32
+    assert sorted(best) != names[:32]  # by chance with probability 1e-18
+    assert best == index.names_of(index.top(found, 32))

@@ -1,5 +1,6 @@
 """The guard: no answer without a durable charge, no look at the corpus without one either."""
 
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,13 +19,15 @@ from accountant import (
     UnitMismatch,
     UnknownBudget,
 )
-from dp import Gaussian, InvalidParameter, adaptive
+from dp import Gaussian, InvalidParameter, SparseVector, adaptive
 from retrieval import (
+    AboveThreshold,
     InvalidQuery,
     NoCorpusGuarantee,
     PrivateIndex,
     ReleaseFailed,
     RetrievalGuard,
+    SessionEnded,
 )
 from retrieval.grid import on_grid
 
@@ -300,3 +303,24 @@ def test_a_raw_read_needs_more_than_blanks_as_a_reason(accountant, guard, index)
     )
     assert accountant.statement("b").unprotected == 2
     assert not accountant.statement("b").spent
+
+
+def test_threads_that_ask_a_session_at_once_get_no_yes_too_many():
+    start = threading.Barrier(8)
+
+    def count(_):
+        start.wait()  # all have found an answer of yes left
+        return 10**6
+
+    event = SparseVector(1.0, 1.0, 1, monotone=True)
+    session = AboveThreshold(1, event, 5, count)
+
+    def ask(_):
+        try:
+            return session.ask(QUERY)
+        except SessionEnded:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) == 1
+    assert session.left == 0
