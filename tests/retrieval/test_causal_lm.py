@@ -1,5 +1,6 @@
 """Hugging Face models under the guard: a prompt's logits depend on that prompt alone."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -117,6 +118,16 @@ def test_of_a_prompt_that_is_too_long_the_last_tokens_are_read():
     cut = " ".join(PROMPTS[3].split()[-8:])
     assert np.array_equal(model.begin(PROMPTS[3])(None), model.begin(cut)(None))
     assert not np.array_equal(model.begin(PROMPTS[3])(None), model.begin(cut[3:])(None))
+
+
+def test_nothing_says_how_long_a_private_prompt_is(capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    made = tokenizer()
+    made.model_max_length = 4
+    CausalLM(llama(), made, prompt_tokens=8).begin(PROMPTS[3])
+    assert "longer" not in caplog.text + "".join(capfd.readouterr())
+    made(PROMPTS[3])  # the control
+    assert "longer" in caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_text_that_outgrows_the_context_is_an_error():

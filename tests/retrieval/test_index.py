@@ -117,3 +117,12 @@ def test_an_index_without_a_guarantee_is_not_built(change, words):
     } | change
     with pytest.raises(InvalidIndex, match=words):
         PrivateIndex(members.pop("vectors"), **members)
+
+
+@pytest.mark.parametrize("taken", ["1", "2"])
+def test_a_joined_index_is_neither_version_that_it_was_made_of(taken):
+    one = PrivateIndex([[1.0, 0.0]], units=["a"], generation="1")
+    other = PrivateIndex([[1.0, 0.0]], units=["b"], generation="2")
+    with pytest.raises(InvalidIndex, match="name a new one"):
+        one.joined(other, generation=taken)
+    assert one.joined(other, generation="3").names == ("a", "b")

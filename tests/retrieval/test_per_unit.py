@@ -24,7 +24,7 @@ from dp import (
     sampling,
 )
 from dp.filters import unit_limit, unit_price
-from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard
+from retrieval import InvalidQuery, PrivateIndex, RetrievalGuard, Sampler
 
 LIMITS = adaptive(30.0, 1e-6)
 NOISE = 2.0
@@ -150,6 +150,35 @@ def test_all_above_the_threshold_are_charged_before_the_cut_to_the_best(opened):
         )
     assert set(chosen) == {"u03"}
     assert ask(opened, 90.5) == {"x": 0, "y": 0}  # u02 and u04 had paid as well
+
+
+class Flat:
+    """A model that says nothing, and never ends."""
+
+    end = None
+
+    def begin(self, _):
+        return lambda _: np.zeros(3, np.float32)
+
+    def decode(self, tokens):
+        return str(tokens)
+
+
+@pytest.mark.parametrize(("tokens", "read"), [(2, {None, "u02", "u03", "u04"}), (4, {None})])
+def test_units_pay_for_all_tokens_of_a_text_before_they_are_read(opened, tokens, read):
+    asked, sampler = set(), Sampler(clip=1.0, divisor=4.0)
+    limit, price = unit_limit(MU), unit_price(sampler.event)
+    assert 2 * price <= limit < 4 * price
+    opened.generate(
+        circle(90.0),
+        Flat(),
+        lambda unit: asked.add(unit) or "text",
+        threshold=AROUND,
+        most=9,
+        tokens=tokens,
+        sampler=sampler,
+    )
+    assert asked == read
 
 
 def test_the_price_is_that_of_the_event_and_the_limit_is_mu(opened):

@@ -73,3 +73,11 @@ def test_what_no_noise_makes_fit_has_no_plan(accountant):
     assert guard(accountant).plan(10, noise_multiplier=5.0).share is None
     with pytest.raises(NothingFits):
         guard(accountant).plan(2**52)
+
+
+def test_a_guard_plans_for_as_many_rivals_as_its_index_has_labels(accountant):
+    labels = [f"l{n}" for n in range(9)]
+    index = PrivateIndex([[1.0, 0.0]], units=["u"], labels=["l0"], public_labels=labels)
+    plan = RetrievalGuard(accountant, "b", index, unit="article").plan(1, noise_multiplier=10.0)
+    assert plan.margin == pytest.approx(margin(10.0, rivals=8))
+    assert plan.margin > guard(accountant).plan(1, noise_multiplier=10.0).margin + 5
